@@ -1,0 +1,20 @@
+"""Fast sequence operators for PyTorch: `torch.ops.seqops.*`, the same as documented functions, and modules."""
+
+from importlib.util import find_spec
+
+import torch  # noqa: F401  the extension finds its symbols in the libraries that this loads
+
+if find_spec("seqops._C") is None:
+    raise ImportError(
+        "seqops._C is not built for this Python and torch; build it with: "
+        "pip install --no-build-isolation -e .  (or: make build)"
+    )
+
+from . import _C, nn  # noqa: F401  _C registers torch.ops.seqops
+from .core.backend import backend, read_environment
+from .rnn import elman, gru, lstm, slstm
+
+read_environment()
+
+__version__ = "0.1.0"
+__all__ = ["backend", "elman", "gru", "lstm", "nn", "slstm"]

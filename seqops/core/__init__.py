@@ -1,0 +1,1 @@
+"""What every room shares: registration, backends, argument checks."""

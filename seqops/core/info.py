@@ -1,0 +1,84 @@
+"""What `seqops info` reports: versions, devices, and which backends serve which operator here, with reasons.
+
+`collect` returns plain dictionaries, lists and strings, ready for `json.dumps`; the command line draws them.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+
+import torch
+
+from seqops.core import backend
+
+# Distributions looked up by name and never imported: CuPy alone takes a second, and `import seqops` loads neither.
+_OPTIONAL = {"triton": ("triton",), "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
+
+_ENVIRONMENT = ("SEQOPS_BACKEND", "SEQOPS_CPU_ISA")
+
+
+def collect(version: str) -> dict[str, dict]:
+    """Gather everything that a bug report about speed or a missing backend needs.
+
+    Args:
+        version: of seqops, which the caller knows; the metadata of an editable install can be older than the code.
+
+    Returns:
+        `versions`: package -> version, or None where it is not installed; `cpu`: model, cores, instruction_set,
+        threads, parallel_backend; `gpus`: device -> name, compute_capability, memory_gib; `environment`: the variables
+        of seqops that are set; `operators`: operator -> backend -> None where it works, else the reason it does not.
+    """
+    return {
+        "versions": _versions(version),
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": os.cpu_count(),
+            "instruction_set": torch.ops.seqops.cpu_isa(),
+            "threads": torch.get_num_threads(),
+            "parallel_backend": _parallel_backend(),
+        },
+        "gpus": _gpus(),
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        "operators": backend.table(),
+    }
+
+
+def _versions(seqops_version: str) -> dict[str, str | None]:
+    found = {"seqops": seqops_version, "python": platform.python_version(), "torch": torch.__version__}
+    for package, distributions in _OPTIONAL.items():
+        found[package] = next(filter(None, map(_version, distributions)), None)
+    return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            named = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def _parallel_backend() -> str:
+    named = re.search(r"ATen parallel backend: (.+)", torch.__config__.parallel_info())
+    return named[1].strip() if named else "unknown"
+
+
+def _gpus() -> dict[str, dict]:
+    devices = {}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = {
+            "name": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+        }
+    return devices
