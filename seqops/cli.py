@@ -1,0 +1,72 @@
+"""The `seqops` command. Nothing else in seqops imports this module, and rich loads only when something is drawn."""
+
+import json
+import sys
+
+import click
+
+import seqops
+from seqops.core import info as core_info
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(seqops.__version__, prog_name="seqops")
+def main() -> None:
+    """Fast sequence operators for PyTorch."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def info(as_json: bool) -> None:
+    """Versions, devices, operators x backends, and why a backend is missing."""
+    report = core_info.collect(seqops.__version__)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _draw(report)
+
+
+def _draw(report: dict[str, dict]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    # A pipe or a file gets the same text without colours and lines, and wide enough that nothing wraps.
+    console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=240, force_terminal=False)
+    box = SIMPLE_HEAD if console.is_terminal else None
+
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column()
+    for name, version in report["versions"].items():
+        facts.add_row(name, version or "not installed")
+    for name, value in report["cpu"].items():
+        facts.add_row("CPU" if name == "model" else name.replace("_", " "), str(value))
+    for device, gpu in report["gpus"].items():
+        described = f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB"
+        facts.add_row(device, described)
+    if not report["gpus"]:
+        facts.add_row("GPUs", "none that this torch can use")
+    for name, value in report["environment"].items():
+        facts.add_row(name, value)
+    console.print(facts, highlight=False)
+    console.print()
+
+    operators = report["operators"]
+    backends = list(dict.fromkeys(name for row in operators.values() for name in row))
+    table = Table(box=box, pad_edge=False)
+    table.add_column("operator", style="bold")
+    for name in backends:
+        table.add_column(name)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for operator, row in operators.items():
+        table.add_row(operator, *("yes" if row[name] is None else "no" for name in backends))
+        for name in backends:
+            if row[name] is not None:
+                reasons.setdefault((name, row[name]), []).append(operator)
+    console.print(table, highlight=False)
+    if reasons:
+        console.print()
+    for (name, reason), missing in reasons.items():
+        which = "" if len(missing) == len(operators) else f" ({', '.join(missing)})"
+        console.print(f"{name}{which}: {reason}", highlight=False)
