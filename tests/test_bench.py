@@ -1,0 +1,461 @@
+"""The benchmark's own promises: checked before timed, interleaved, ratios by round, files that can be read again."""
+
+import html.parser
+import io
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import __main__ as command
+from bench import harness, memory, record, report, rnn, suite, tables
+from bench.harness import FORWARD, INFERENCE, OURS, REFERENCE, TRAINING
+
+FAST, SLOW = "fast peer", "slow peer"
+CALLS: list[str] = []
+
+
+class Scale(torch.autograd.Function):
+    """`factor * x` in the forward, `gradient_factor` in the backward: two places to plant an error in."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, factor: float, gradient_factor: float) -> Tensor:
+        ctx.factor = gradient_factor
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient * ctx.factor, None, None
+
+
+def build(
+    name: str,
+    factor: float,
+    gradient_factor: float,
+    columns: int,
+    dtype: torch.dtype,
+    size: int,
+    steps: int,
+    breaks_at: int = 100,
+) -> harness.Contender:
+    x = torch.ones(size, steps, columns, dtype=dtype, requires_grad=True)
+    factor = 0.0 if steps >= breaks_at else factor
+
+    def run() -> dict[str, Tensor]:
+        CALLS.append(name)
+        return {"y": Scale.apply(x, factor, gradient_factor)}
+
+    return harness.Contender(run, {"x": x})
+
+
+def fail(steps: int) -> harness.Contender:
+    raise RuntimeError("no kernel today")
+
+
+def make_case(
+    factor: float = 3.0,
+    gradient_factor: float = 3.0,
+    columns: int = 1,
+    dtype: torch.dtype = torch.float32,
+    size: int = 4,
+    breaks_at: int = 100,
+    op: str = "scale",
+    **options: object,
+) -> harness.Case:
+    """`y = 3 x` with two peers, where ours may be made wrong."""
+    return harness.Case(
+        op=op,
+        name=f"{op} B{size}",
+        shape={"B": size, "T": 4},
+        dtype=dtype,
+        steps=4,
+        builders={
+            FAST: partial(build, FAST, 3.0, 3.0, 1, dtype, size),
+            SLOW: partial(build, SLOW, 3.0, 3.0, 1, dtype, size),
+            OURS: partial(build, OURS, factor, gradient_factor, columns, dtype, size, breaks_at=breaks_at),
+            REFERENCE: partial(build, REFERENCE, 3.0, 3.0, 1, torch.float64, size),
+        },
+        flops={FORWARD: 10, TRAINING: 30, INFERENCE: 10},
+        bytes={FORWARD: 20, TRAINING: 60, INFERENCE: 20},
+        **options,
+    )
+
+
+@pytest.fixture
+def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-benchmark refuses to measure in a worker of pytest-xdist; the runs in here are about order and files."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(suite.Suite, "rates", harness.Rates(gemm=1e9, copy=1e9))
+    monkeypatch.setattr(harness.Settings, "rounds", lambda settings, seconds: 4)
+    monkeypatch.setattr(harness, "BLOCK_SECONDS", 1e-9)
+
+
+def measure(*cases: harness.Case) -> tuple[int, suite.Suite]:
+    CALLS.clear()
+    measured = suite.Suite(cases, harness.Settings(threads=1, quick=True, memory=False))
+    return suite.run(measured), measured
+
+
+def make_result(ratio: float = 2.0, **changes: object) -> record.Result:
+    given = {
+        "case": "scale <B4>",
+        "op": "scale",
+        "shape": {"B": 4},
+        "dtype": "float32",
+        "mode": TRAINING,
+        "check": {"name": "d x, T=4", "error": 1e-7, "bound": 1e-5},
+        "seconds": {
+            OURS: {"median": 1.0, "p20": 0.9, "p80": 1.1, "rounds": 7},
+            FAST: {"median": ratio, "p20": 0.9 * ratio, "p80": 1.1 * ratio, "rounds": 7},
+        },
+        "ratios": {FAST: {"median": ratio, "p20": 0.9 * ratio, "p80": 1.1 * ratio}},
+        "goals": {FAST: 1.5},
+        "causes": {FAST: "the peer is <quick>"},
+        "gemm_fraction": {OURS: 0.5, FAST: 0.25},
+        "copy_fraction": {OURS: 0.5, FAST: 0.25},
+        "memory": {OURS: 5 << 20, FAST: 10 << 20},
+    }
+    return record.Result(**{**given, **changes})
+
+
+def make_record(*results: record.Result) -> record.Record:
+    versions = {"python": "3.10.1", "torch": "2.13.0", "seqops": "0.1.0"}
+    machine = {"cpu": "A & B", "cores": 2, "threads": 2, "seqops_isa": "avx2", "torch_isa": "AVX2", "system": "Linux"}
+    return record.Record(
+        date="2030-01-02T03:04:05+00:00",
+        commit={"id": "0123456789abcdef", "time": None, "dirty": True},
+        machine={**machine, "versions": versions, "environment": {"OMP_NUM_THREADS": "1"}},
+        settings={"threads": 2, "quick": True, "memory": True, "device": "cpu"},
+        rates={"gemm": 5e10, "copy": 1e10},
+        results=list(results),
+    )
+
+
+def test_rounds_are_interleaved(plain_process: None) -> None:
+    """Every round runs each contender once, ours last, in the order of the table."""
+    code, measured = measure(make_case(modes=(FORWARD,)))
+    assert code == 0
+    rounds = measured.results[0].seconds[OURS]["rounds"]
+    assert rounds == 4
+    # One more round than is counted warms up.
+    assert CALLS[-3 * (rounds + 1) :] == [FAST, SLOW, OURS] * (rounds + 1)
+    assert {contender["rounds"] for contender in measured.results[0].seconds.values()} == {rounds}
+
+
+def test_every_mode_is_measured(plain_process: None) -> None:
+    code, measured = measure(make_case(modes=(FORWARD, TRAINING, INFERENCE), goals={(FAST, TRAINING): 2.0}))
+    assert code == 0
+    assert [result.mode for result in measured.results] == [FORWARD, TRAINING, INFERENCE]
+    assert [result.goals for result in measured.results] == [{}, {FAST: 2.0}, {}]
+    for result in measured.results:
+        assert set(result.ratios) == {FAST, SLOW}
+        assert set(result.seconds) == set(result.gemm_fraction) == set(result.copy_fraction) == {OURS, FAST, SLOW}
+        expected = {FORWARD: 10, TRAINING: 30, INFERENCE: 10}[result.mode] / result.seconds[OURS]["median"] / 1e9
+        assert result.gemm_fraction[OURS] == pytest.approx(expected)
+
+
+def test_ratios_are_taken_inside_a_round() -> None:
+    """A machine that slows down tenfold for some rounds does not move the ratio."""
+    assert harness.ratio_summary([1, 10, 10, 1, 1], [2, 20, 20, 2, 2]) == {"median": 2, "p20": 2, "p80": 2}
+    # The medians' ratio would be 3 / 2.
+    assert harness.ratio_summary([1, 2, 3], [3, 2, 3])["median"] == 1
+    with pytest.raises(ValueError, match="zip"):
+        harness.ratio_summary([1, 2], [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("quick", "seconds", "rounds"),
+    [(True, 1e-4, 15), (True, 0.09, 7), (True, 1, 3), (True, 2.5, 2), (True, 30, 1), (False, 1e-4, 41), (False, 3, 7)],
+)
+def test_rounds_follow_the_length_of_a_round(quick: bool, seconds: float, rounds: int) -> None:
+    assert harness.Settings(quick=quick).rounds(seconds) == rounds
+
+
+def test_spread_is_the_20_and_80_percent_quantile() -> None:
+    assert harness.summary([5, 1, 4, 2, 3, 6]) == {"median": 3.5, "p20": 2, "p80": 5}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"factor": 3.001}, "y, T=4: 3.3e-04 > 2.0e-05"),
+        ({"gradient_factor": 2.9}, "d x, T=4: 3.3e-02 > 2.0e-05"),
+        ({"factor": float("nan")}, "y, T=4: nan > 2.0e-05"),
+        ({"columns": 2}, "y, T=4: inf > 2.0e-05"),
+        ({"gradient_factor": 2.9, "dtype": torch.bfloat16}, "d x, T=4:"),
+        # Right for the two steps whose gradients are checked, wrong later on.
+        ({"breaks_at": 3, "check_steps": 2}, "y, T=4: "),
+    ],
+    ids=["value", "gradient", "nan", "shape", "bfloat16", "length"],
+)
+def test_wrong_values_are_never_timed(plain_process: None, wrong: dict[str, object], text: str) -> None:
+    code, measured = measure(make_case(**wrong, modes=(TRAINING,)), make_case(op="right", modes=(TRAINING,)))
+    failed, right = measured.results
+    assert code == 1
+    assert text in failed.error
+    assert not failed.seconds and not failed.ratios and not failed.memory
+    assert right.error is None and right.ratios
+    shown = tables.render([failed])
+    assert "FAILED" in shown and "ms" not in shown and "µs" not in shown
+
+
+def test_an_exception_fails_its_case_only(plain_process: None) -> None:
+    case = make_case(modes=(FORWARD,))
+    broken = make_case(modes=(FORWARD,), op="broken")
+    broken.builders[OURS] = fail
+    code, measured = measure(broken, case)
+    assert code == 1
+    assert [result.error for result in measured.results] == ["RuntimeError: no kernel today", None]
+
+
+def test_peak_memory_is_exact_to_a_megabyte() -> None:
+    """The output, 64 MB, and the gradient of the input, 64 MB, live at once."""
+    case = make_case(size=4 << 20)
+    peak = memory.Processes().peak(case, OURS, threads=1)
+    assert peak == pytest.approx(128 << 20, abs=2 << 20)
+
+
+def test_a_failing_memory_process_says_why() -> None:
+    case = make_case()
+    case.builders[OURS] = fail
+    with pytest.raises(RuntimeError, match="scale B4, seqops: RuntimeError: no kernel today"):
+        memory.Processes().peak(case, OURS, threads=1)
+
+
+def test_record_survives_its_file(tmp_path: Path) -> None:
+    found = make_record(make_result(), make_result(error="wrong", seconds={}, ratios={}))
+    found.save(tmp_path / "deep" / "run.json")
+    assert record.load(tmp_path / "deep" / "run.json") == found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fields: fields.update(format=2), "expected a benchmark record of format 1, got 2"),
+        (lambda fields: fields.pop("rates"), "rates"),
+        (lambda fields: fields["results"][0].update(speed=1), "speed"),
+        (lambda fields: fields.pop("results"), "results"),
+    ],
+    ids=["format", "missing", "unknown", "results"],
+)
+def test_other_files_are_refused(tmp_path: Path, change: object, message: str) -> None:
+    path = tmp_path / "run.json"
+    make_record(make_result()).save(path)
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        record.load(path)
+
+
+def test_misses_name_the_distance_and_the_cause() -> None:
+    met, missed = make_result(), make_result(1.2)
+    heavy = make_result(memory={OURS: 12 << 20, FAST: 10 << 20})
+    tiny = make_result(memory={OURS: 2 << 20, FAST: 1 << 20})
+    (time,) = record.find_misses(make_record(met, missed))
+    assert (time.quantity, time.value, time.goal, time.cause) == ("time", 1.2, 1.5, "the peer is <quick>")
+    (weight,) = record.find_misses(make_record(heavy, tiny))
+    assert (weight.quantity, weight.value, weight.goal) == ("memory", 1.2, 1.0)
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a browser would fetch, and checks that tags nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        names = ("src", "href", "xlink:href", "data", "action")
+        self.fetched += [value for name, value in attributes if name in names and not value.startswith("#")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_html_page_needs_nothing_else(tmp_path: Path) -> None:
+    wrong = make_result(case="bad <case>", error="y 1 > 0", seconds={}, ratios={})
+    report.write_html(tmp_path / "run.html", make_record(make_result(), make_result(1.2, mode=FORWARD), wrong))
+    text = (tmp_path / "run.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open and not page.fetched
+    # Ratios, times and shares of two modes, and memory.
+    assert page.seen.count("svg") == 7
+    assert "http" not in text and "@import" not in text and "url(" not in text.replace("url(#", "")
+    assert "the peer is &lt;quick&gt;" in text and "1 of 2 goals met" in text and "y 1 &gt; 0" in text
+
+
+def test_markdown_table_replaces_only_its_own_text(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"# Title\n\n{tables.BEGIN}\nold\n{tables.END}\n\nEnd.\n")
+    tables.update_markdown(page, make_record(make_result(), make_result(1.2, mode=FORWARD)))
+    once = page.read_text()
+    assert once.startswith(f"# Title\n\n{tables.BEGIN}\n\n| case |") and once.endswith(f"{tables.END}\n\nEnd.\n")
+    assert "old" not in once and "5.0 MB / 10 MB" in once
+    assert "| 1.00 s / 1.20 s | **1.20x** (goal 1.5x, missed) | 1.00 s / 2.00 s | **2.00x** (goal 1.5x) |" in once
+    tables.update_markdown(page, make_record(make_result(), make_result(1.2, mode=FORWARD)))
+    assert page.read_text() == once
+
+
+@pytest.mark.parametrize("text", ["", f"{tables.BEGIN}\n", f"{tables.END}\n{tables.BEGIN}\n"])
+def test_markdown_without_markers_is_refused(tmp_path: Path, text: str) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match="expected one line <!-- bench:begin -->"):
+        tables.update_markdown(page, make_record(make_result()))
+    assert page.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (12.3, "12.3 s"),
+        (1, "1.00 s"),
+        (0.99999, "1.00 s"),
+        (0.1234, "123 ms"),
+        (1.234e-3, "1.23 ms"),
+        (9.999e-3, "10.0 ms"),
+        (4.56e-6, "4.56 µs"),
+        (4.5e-8, "0.04 µs"),
+    ],
+)
+def test_seconds_have_three_digits(seconds: float, text: str) -> None:
+    assert tables.format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(("width", "shown"), [(72, "ratio"), (100, "goal"), (200, "copy %")])
+def test_table_fits_the_terminal(width: int, shown: str) -> None:
+    target = io.StringIO()
+    tables.print_table([make_result(), make_result(0.5)], Console(file=target, width=width, force_terminal=True))
+    assert shown in target.getvalue() and "2.00x" in target.getvalue() and "0.50x" in target.getvalue()
+    plain = [Text.from_ansi(line).plain for line in target.getvalue().splitlines()]
+    assert all(len(line) <= width for line in plain)
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, cases: list[harness.Case], *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr(harness, "load_cases", lambda: cases)
+    done = CliRunner().invoke(command.main, arguments)
+    return done.exit_code, done.output
+
+
+def test_command_measures_and_writes(plain_process: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory.Processes, "peak", lambda *arguments: 8 << 20)
+    files = [f"--json={tmp_path / 'run.json'}", f"--html={tmp_path / 'run.html'}", f"--markdown={tmp_path / 'run.md'}"]
+    wrong = make_case(factor=2.0, op="wrong")
+    code, output = run_command(monkeypatch, [make_case(), wrong], "--quick", "--threads=1", *files)
+    assert code == 1
+    assert "failed: wrong B4, forward: relative error against float64: y, T=4: 3.3e-01 > 2.0e-05" in output
+    assert record.load(tmp_path / "run.json").results[1].memory == {OURS: 8 << 20, FAST: 8 << 20, SLOW: 8 << 20}
+    assert "<svg" in (tmp_path / "run.html").read_text() and tables.BEGIN in (tmp_path / "run.md").read_text()
+
+    code, output = run_command(monkeypatch, [make_case()], "--op=scale", "--quick", "--threads=1", *files)
+    assert code == 0
+    assert tables.render(record.load(tmp_path / "run.json").results) in output
+    before = (tmp_path / "run.md").read_text()
+    (tmp_path / "run.md").unlink()
+    code, again = run_command(monkeypatch, [], f"--from={tmp_path / 'run.json'}", files[2])
+    assert code == 0
+    assert again.startswith(tables.render(record.load(tmp_path / "run.json").results))
+    assert (tmp_path / "run.md").read_text() == before
+
+
+def test_command_lists_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output = run_command(monkeypatch, [make_case(goals={(FAST, FORWARD): 2.0})], "--list")
+    assert code == 0
+    assert output.splitlines() == [
+        "scale  scale B4, forward  [fast peer >= 2x]",
+        "scale  scale B4, forward+backward  [no goal]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op=slst"], "no operator 'slst'; did you mean slstm or lstm?"),
+        (["--op=zzz"], "no operator 'zzz'; there are lstm, slstm, gru"),
+        (["--threads=0"], "0 is not in the range x>=1"),
+        (["--device=tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
+        (["--from=README.md"], "--from: README.md: expected JSON"),
+        (["--markdown=Makefile"], "--markdown: Makefile: expected one line <!-- bench:begin -->"),
+    ],
+)
+def test_command_refuses_what_it_cannot_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("README.md", "Makefile"):
+        Path(name).write_text("text\n")
+    code, output = run_command(monkeypatch, [make_case(op=op) for op in ("lstm", "slstm", "gru")], *arguments)
+    assert code == 2
+    assert message in output
+
+
+def test_command_needs_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, output = run_command(monkeypatch, [make_case()], "--device=cuda")
+    assert code == 2
+    assert "--device cuda: torch finds no CUDA device here" in output
+
+
+def test_command_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """None in `sys.modules` is what Python itself takes for a module that cannot be imported."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    make_record(make_result()).save(tmp_path / "run.json")
+    source = f"--from={tmp_path / 'run.json'}"
+    code, output = run_command(monkeypatch, [], source, "--html=run.html")
+    assert code == 2
+    assert "--html draws with matplotlib, which is not installed: pip install matplotlib" in output
+    code, output = run_command(monkeypatch, [], source)
+    assert code == 0
+
+
+def test_case_tables_are_consistent() -> None:
+    cases = harness.load_cases()
+    assert {case.op for case in cases} == {"lstm", "gru", "slstm", "elman"}
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        assert {OURS, REFERENCE} < set(case.builders)
+        assert set(case.modes) == set(case.flops) == set(case.bytes) <= set(harness.MODES)
+        for peer, mode in (*case.goals, *case.causes):
+            assert peer in case.peers and mode in case.modes
+        assert case.check_steps is None or case.check_steps < case.steps
+
+
+@pytest.mark.parametrize("case", rnn.CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_contenders_compute_the_same(case: harness.Case) -> None:
+    """Ours and every peer give the float64 reference's outputs and gradients on three steps, in the case's modes."""
+    bound = 1e-5 if case.dtype == torch.float32 else 5e-2
+    steps = min(3, case.steps)
+    mode = TRAINING if TRAINING in case.modes else case.modes[0]
+    expected = harness.evaluate(case, REFERENCE, mode, steps)
+    for name in (OURS, *case.peers):
+        errors = harness.compare(harness.evaluate(case, name, mode, steps), expected)
+        assert all(error < bound for error in errors.values()), (name, errors)
+
+
+@pytest.mark.parametrize("name", ["nn.LSTM B4 T64 D32", "nn.RNN B16 T256 D256", "gru B16 T256 H4 D64"])
+def test_operations_are_those_that_torch_counts(name: str) -> None:
+    case = next(case for case in rnn.CASES if case.name == name)
+    reference = case.builders[REFERENCE](case.steps)
+    with FlopCounterMode(display=False) as counter:
+        reference.run()
+    assert counter.get_total_flops() == case.flops[FORWARD]
+    assert case.flops[TRAINING] == 3 * case.flops[FORWARD]

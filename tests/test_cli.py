@@ -1,0 +1,110 @@
+"""The `seqops` command: what it prints, for people and for programs, and its exit codes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from terminal import run_in_terminal
+
+import seqops
+from seqops.cli import main
+from seqops.core import backend, info
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main, arguments, prog_name="seqops")
+
+
+def test_info_names_versions_devices_and_every_operator():
+    result = invoke("info")
+    assert result.exit_code == 0, result.output
+    gpu = "cuda:0" if torch.cuda.device_count() else "GPUs"
+    for expected in (seqops.__version__, torch.__version__, torch.ops.seqops.cpu_isa(), gpu):
+        assert expected in result.output
+    rows = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if line.strip()}
+    table = backend.table()
+    columns = rows["operator"]
+    assert columns == list(backend.BACKENDS)
+    for operator, reasons in table.items():
+        assert rows[operator] == ["yes" if reasons[name] is None else "no" for name in columns]
+    for reason in {reason for row in table.values() for reason in row.values() if reason}:
+        assert reason in result.output
+
+
+def test_json_is_the_whole_report():
+    result = invoke("info", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.output) == json.loads(json.dumps(info.collect(seqops.__version__)))
+
+
+def test_report_says_what_is_in_use(monkeypatch):
+    monkeypatch.setenv("SEQOPS_CPU_ISA", "avx2")
+    report = info.collect("1.2.3")
+    assert report["versions"]["seqops"] == "1.2.3"
+    assert report["environment"]["SEQOPS_CPU_ISA"] == "avx2"
+    assert report["cpu"]["threads"] == torch.get_num_threads()
+    assert report["cpu"]["parallel_backend"] in ("OpenMP", "native thread pool")
+    assert len(report["gpus"]) == torch.cuda.device_count()
+
+
+def test_operators_that_work_on_the_cpu_say_so():
+    table = backend.table()
+    assert set(table) >= {"lstm", "gru", "slstm", "elman"}
+    for row in table.values():
+        assert row["cpu"] is None and row["reference"] is None
+        assert all(reason is None or len(reason) > 10 for reason in row.values())
+
+
+@pytest.mark.parametrize("module", ["seqops", "seqops.cli"])
+def test_piped_output_is_plain(module):
+    """A real process with its output in a pipe: no colours, no cursor movements, no wrapped lines."""
+    code = "from seqops.cli import main; main()" if module == "seqops.cli" else None
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", module]
+    result = subprocess.run([*command, "info"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert not CONTROL.search(result.stdout.replace("\n", ""))
+    assert re.search(r"^instruction set +\w+", result.stdout, re.MULTILINE)
+
+
+def test_terminal_output_is_drawn():
+    code, written = run_in_terminal([sys.executable, "-m", "seqops", "info"], ROOT)
+    assert code == 0, written
+    assert "\x1b[" in written and "lstm" in written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "Usage: seqops"),
+        (("--help",), 0, "info"),
+        (("--version",), 0, f"seqops, version {seqops.__version__}"),
+        (("inof",), 2, "No such command 'inof'"),
+        (("info", "--jsno"), 2, "No such option"),
+        (("info", "extra"), 2, "unexpected extra argument"),
+    ],
+)
+def test_exit_codes_and_messages(arguments, code, message):
+    result = invoke(*arguments)
+    assert result.exit_code == code
+    assert message in result.output
+
+
+def test_version_is_the_one_of_the_package():
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert seqops.__version__ == declared[1]
+
+
+def test_importing_seqops_loads_no_command_line():
+    heavy = {"click", "rich", "triton", "cupy", "matplotlib"}
+    code = f"import sys, seqops, seqops.nn; print(*sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ""

@@ -1,0 +1,496 @@
+"""What every operator promises to the rest of torch: dispatcher, autograd, torch.func, compile, export, backends."""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import Case, params
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import seqops
+from seqops.core import backend as backends
+from seqops.rnn import reference
+
+SECOND = "seqops::{}: second derivatives are not supported; seqops.backend('reference') computes them"
+FORWARD = "seqops::{} has no forward-mode derivative; use reverse mode (torch.func.grad, vjp, jacrev)"
+
+
+def registered() -> set[str]:
+    """Every operator in our namespace that takes tensors."""
+    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("seqops::")}
+    return {name for name in names if "Tensor" in str(getattr(torch.ops.seqops, name[8:]).default._schema)}
+
+
+def operator(case: Case) -> Callable[..., tuple[Tensor, ...]]:
+    return getattr(seqops, case.op)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every call of ours below autograd, with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "seqops":
+            self.calls.append((op, args, kwargs or {}))
+        return op(*args, **(kwargs or {}))
+
+
+def recorded(case: Case) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The calls that inference, and a training step, of this case consist of."""
+    inputs = case.inputs()
+    cotangents = case.cotangents(operator(case)(**inputs))
+    with Recorder() as recorder:
+        with torch.no_grad():
+            operator(case)(**inputs)
+        cases.evaluate(operator(case), inputs, cotangents)
+    return recorder.calls
+
+
+def checked_cases() -> list[Any]:
+    """Every dtype with all options; no time; no batch; no options at all."""
+    return [
+        *params("small", where=lambda case: case.lengths and case.B * case.T != 0),
+        *params("small", where=lambda case: case.B * case.T == 0 and case.B + case.T > 0),
+        *params("small", where=lambda case: not case.states),
+    ]
+
+
+# ---------------------------------------------------------------- registration
+
+
+@pytest.mark.parametrize("case", checked_cases())
+def test_opcheck(case: Case) -> None:
+    """The public operator with gradients wanted, then every operator, public or private, that a step calls."""
+    public = getattr(torch.ops.seqops, case.op).default
+    names = [argument.name for argument in public._schema.arguments if not argument.kwarg_only]
+    inputs = case.inputs()
+    positional = tuple(inputs.pop(name, None) for name in names)
+    torch.library.opcheck(public, positional, inputs)
+    for op, args, kwargs in recorded(case):
+        args = tuple(a.detach().clone() if torch.is_tensor(a) else a for a in args)
+        torch.library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_every_operator_has_cases() -> None:
+    assert {*backends.table()} == {*cases.OPERATORS}
+    for op, reasons in backends.table().items():
+        assert {*reasons} == {*backends.BACKENDS}, op
+        assert reasons["cpu"] is None and reasons["reference"] is None
+    called = {
+        op.name().split(".")[0]
+        for op_name in cases.OPERATORS
+        for case in (Case(op_name, B=2, T=3, H=2, D=4),)
+        for op, _, _ in recorded(case)
+    }
+    assert called == registered()
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_schema_is_the_public_signature(op: str) -> None:
+    """The Python function and the operator take the same arguments in the same order, with the same defaults."""
+    schema = getattr(torch.ops.seqops, op).default._schema
+    expected = [(a.name, a.kwarg_only, a.default_value) for a in schema.arguments]
+    got = [
+        (p.name, p.kind is p.KEYWORD_ONLY, None if p.default is p.empty else p.default)
+        for p in inspect.signature(getattr(seqops, op)).parameters.values()
+    ]
+    assert got == expected
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def gradient_case(op: str, **options: Any) -> tuple[Case, dict[str, Any], dict[str, Tensor], Callable[..., Any]]:
+    """A float64 case, its inputs, its leaves, and the operator as a function of the leaves in that order."""
+    case = Case(op, **({"B": 3, "T": 4, "H": 2, "D": 3, "dtype": torch.float64} | options))
+    inputs = case.inputs()
+    if case.lengths:
+        with torch.no_grad():  # finite differences of NaN are NaN
+            inputs["wx"].nan_to_num_(0.0)
+    leaves = cases.differentiable(inputs)
+    return case, inputs, leaves, lambda *values: operator(case)(**(inputs | dict(zip(leaves, values, strict=True))))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lengths": True, "reverse": True}, {"grad_clip": 1e6}, {"bias": False, "D": 1}, {"T": 1, "reverse": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_gradcheck(op: str, options: dict[str, Any]) -> None:
+    _, _, leaves, call = gradient_case(op, **options)
+    assert torch.autograd.gradcheck(call, (*leaves.values(),), check_batched_grad=True)
+
+
+def test_gradcheck_relu() -> None:
+    _, _, leaves, call = gradient_case("elman", nonlinearity="relu", lengths=True)
+    assert torch.autograd.gradcheck(call, (*leaves.values(),), check_batched_grad=True)
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_second_derivative_is_refused(op: str) -> None:
+    _, inputs, leaves, call = gradient_case(op)
+    gradients = torch.autograd.grad(call(*leaves.values())[0].square().sum(), [*leaves.values()], create_graph=True)
+    for gradient in gradients:
+        if gradient.requires_grad:
+            with pytest.raises(RuntimeError) as caught:
+                torch.autograd.grad(gradient.square().sum(), inputs["wx"], retain_graph=True)
+            assert str(caught.value) == SECOND.format(op)
+    assert gradients[0].requires_grad
+    with pytest.raises(RuntimeError) as caught:
+        torch.autograd.gradgradcheck(call, (*leaves.values(),))
+    assert str(caught.value) == SECOND.format(op)
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_second_derivative_in_the_reference(op: str) -> None:
+    """As the refusal says."""
+    _, _, leaves, call = gradient_case(op, B=2, T=2, D=2, H=1)
+    with seqops.backend("reference"):
+        assert torch.autograd.gradgradcheck(call, (*leaves.values(),))
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_forward_mode_is_refused(op: str) -> None:
+    _, _, leaves, call = gradient_case(op)
+    values = tuple(value.detach() for value in leaves.values())
+    with pytest.raises(NotImplementedError) as caught:
+        torch.func.jvp(call, values, values)
+    assert str(caught.value) == FORWARD.format(op)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError) as caught:
+        call(torch.autograd.forward_ad.make_dual(values[0], values[0]), *values[1:])
+    assert str(caught.value) == FORWARD.format(op)
+
+
+# ---------------------------------------------------------------- torch.func
+
+
+def loss_of(function: Callable[..., tuple[Tensor, ...]], options: dict[str, Any]) -> Callable[..., Tensor]:
+    """A scalar of every output, of the positional tensors."""
+    return lambda *values: sum(output.sin().sum() for output in function(*values, **options))
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Any]] = {
+    "grad": lambda f, v: torch.func.grad(f, tuple(range(len(v))))(*take(v, 0)),
+    "grad_and_value": lambda f, v: torch.func.grad_and_value(f)(*take(v, 0)),
+    "vjp": lambda f, v: torch.func.vjp(f, *take(v, 0))[1](torch.tensor(2.0, dtype=torch.float64)),
+    "jacrev": lambda f, v: torch.func.jacrev(f, (0, 1))(*take(v, 0)),
+    "vmap": lambda f, v: torch.vmap(f)(*v),
+    "vmap, only wx mapped": lambda f, v: torch.vmap(f, (0, *[None] * (len(v) - 1)))(v[0], *take(v[1:], 0)),
+    "vmap, only weights mapped": lambda f, v: torch.vmap(f, (None, 0, 0, *[None] * (len(v) - 3)))(
+        *take(v[:1], 0), *v[1:3], *take(v[3:], 0)
+    ),
+    "vmap, last dimension": lambda f, v: torch.vmap(f, -1)(*(value.movedim(0, -1) for value in v)),
+    "vmap, output of a map": lambda f, v: torch.vmap(torch.vmap(f))(*(value.expand(2, *value.shape) for value in v)),
+    "vmap(grad)": lambda f, v: torch.vmap(torch.func.grad(f, (0, 1, 2)))(*v),
+    "vmap(grad), shared weights": lambda f, v: torch.vmap(
+        torch.func.grad(f, (0, 1, 2)), (0, None, None, *[0] * (len(v) - 3))
+    )(v[0], *take(v[1:3], 0), *v[3:]),
+    "vmap(grad), mapped weights": lambda f, v: torch.vmap(
+        torch.func.grad(f, (0, 1, 2)), (None, 0, 0, *[None] * (len(v) - 3))
+    )(*take(v[:1], 0), *v[1:3], *take(v[3:], 0)),
+    "grad(vmap)": lambda f, v: torch.func.grad(lambda *x: torch.vmap(f)(*x).sum(), tuple(range(len(v))))(*v),
+    "grad(vmap), mapped weights": lambda f, v: torch.func.grad(
+        lambda wx, r: torch.vmap(lambda one: f(wx, one, *take(v[2:], 0)))(r).sum(), (0, 1)
+    )(v[0][0], v[1]),
+}
+
+
+def take(values: tuple[Tensor, ...], index: int) -> tuple[Tensor, ...]:
+    return tuple(value[index] for value in values)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_function_transforms(op: str, transform: str) -> None:
+    """As the same transform of the reference."""
+    drawn = [Case(op, B=B, T=3, H=2, D=3, dtype=torch.float64) for B in (2, 2, 2)]
+    rows = [[v.detach() for v in cases.differentiable(case.inputs()).values()] for case in drawn]
+    # Three different copies to map over: the case would draw the same numbers again.
+    values = tuple(torch.stack([v, v.flip(0) * 0.7, v + 0.1]) for v in rows[0])
+    options = {"reverse": True, "grad_clip": 0.3}
+    got = TRANSFORMS[transform](loss_of(getattr(seqops, op), options), values)
+    expected = TRANSFORMS[transform](loss_of(getattr(reference, op), options), values)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_transform_inside_ordinary_autograd(op: str) -> None:
+    """The value that grad_and_value returns keeps the outer graph."""
+    _, _, leaves, _ = gradient_case(op)
+    values = tuple(leaves.values())
+
+    def outer(function: Callable[..., tuple[Tensor, ...]]) -> Tensor:
+        value = torch.func.grad_and_value(loss_of(function, {}))(values[0].detach(), *values[1:])[1]
+        return torch.autograd.grad(value, values[1])[0]
+
+    torch.testing.assert_close(outer(getattr(seqops, op)), outer(getattr(reference, op)), rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------- compile, export
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
+    """One graph, no break, and not compiled again for another batch or length; forward and gradients.
+
+    Torch itself treats sizes of 0 and 1 apart, and the gradient of r has one of T - 1.
+    """
+
+    def step(*values: Tensor) -> tuple[Tensor, ...]:
+        outputs = getattr(torch.ops.seqops, op)(*values, reverse=True, grad_clip=0.3)
+        return tuple(output * 2 for output in outputs)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for first, (B, T) in zip((True, False, False, False), ((7, 5), (4, 9), (9, 3), (2, 33)), strict=True):
+        case = Case(op, B=B, T=T, H=2, D=6)  # in the first call all sizes differ: equal ones would be taken for one
+        leaves = tuple(cases.differentiable(case.inputs()).values())
+        with torch._dynamo.config.patch(error_on_recompile=not first):
+            got = compiled(*leaves)
+        expected = step(*leaves)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        cotangents = case.cotangents(expected)
+        gradients = [torch.autograd.grad(outputs, leaves, cotangents) for outputs in (got, expected)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_compile_the_public_function_with_lengths(op: str, fresh_compiler: None) -> None:
+    inputs = Case(op, B=4, T=6, H=2, D=5, lengths=True).inputs()
+    compiled = torch.compile(getattr(seqops, op), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        got, expected = compiled(**inputs), getattr(seqops, op)(**inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", ["lstm"])
+def test_compile_of_transforms(op: str, fresh_compiler: None) -> None:
+    case = Case(op, B=2, T=3, H=2, D=3, dtype=torch.float64)
+    values = tuple(v.detach() for v in cases.differentiable(case.inputs()).values())
+    mapped = tuple(torch.stack([v, v * 0.7]) for v in values)
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    ours, theirs = loss_of(getattr(seqops, op), {}), loss_of(getattr(reference, op), {})
+    torch.testing.assert_close(compiled(torch.func.grad(ours))(*values), torch.func.grad(theirs)(*values))
+    got = compiled(torch.vmap(torch.func.grad(ours)))(*mapped)
+    torch.testing.assert_close(got, torch.vmap(torch.func.grad(theirs))(*mapped))
+
+
+INDUCTOR = """
+import torch, seqops
+def step(wx, r, b):
+    h, h_n, c_n = seqops.lstm(wx, r, b, grad_clip=1.0)
+    return (h * h).mean() + c_n.sum()
+inputs = [torch.randn(*s).requires_grad_() for s in ((3, 5, 4, 2, 8), (4, 2, 8, 8), (4, 2, 8))]
+compiled = torch.compile(step, fullgraph=True)
+got, expected = [torch.autograd.grad(f(*inputs), inputs) for f in (compiled, step)]
+torch.testing.assert_close(got, expected)
+print("same")
+"""
+
+
+def test_first_call_of_a_process_is_compiled(run_python: Callable[..., str]) -> None:
+    """With inductor: nothing depends on an eager call having come first."""
+    assert run_python(INDUCTOR).endswith("same\n")
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_export_with_dynamic_batch_and_time(op: str) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, wx: Tensor, r: Tensor, b: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+            return getattr(torch.ops.seqops, op)(wx, r, b, lengths=lengths, reverse=True)
+
+    def arguments(B: int, T: int) -> tuple[Tensor, ...]:
+        inputs = Case(op, B=B, T=T, H=2, D=5, lengths=True, states=False).inputs()
+        return tuple(inputs[name].detach() for name in ("wx", "r", "b", "lengths"))
+
+    batch, time = torch.export.Dim("batch", min=2), torch.export.Dim("time", min=2)
+    dynamic = ({0: batch, 1: time}, None, None, {0: batch})
+    exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=dynamic)
+    assert [str(n.target) for n in exported.graph.nodes if "seqops" in str(n.target)] == [f"seqops.{op}.default"]
+    for B, T in ((3, 5), (2, 9), (7, 2)):
+        inputs = arguments(B, T)
+        got, expected = exported.module()(*inputs), Module()(*inputs)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# ---------------------------------------------------------------- modes
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_autocast(op: str) -> None:
+    """wx and r take the autocast dtype, states stay in float32, gradients come in the dtype of the inputs."""
+    case = Case(op, B=3, T=5, H=2, D=16)
+    inputs = case.inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = operator(case)(**inputs)
+    assert [o.dtype for o in outputs] == [torch.bfloat16] + [torch.float32] * len(cases.STATES[op])
+    cast = {name: inputs[name].detach().bfloat16().requires_grad_() for name in ("wx", "r")}
+    expected = operator(case)(**(inputs | cast))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    cotangents = case.cotangents(outputs)
+    got = torch.autograd.grad(outputs, [inputs["wx"], inputs["r"]], cotangents)
+    direct = torch.autograd.grad(expected, [cast["wx"], cast["r"]], cotangents)
+    assert all(torch.equal(a, b.float()) for a, b in zip(got, direct, strict=True))
+    with torch.autocast("cpu", enabled=False):
+        assert operator(case)(**inputs)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_autocast_leaves_float64_alone(op: str) -> None:
+    case = Case(op, B=2, T=3, D=4, dtype=torch.float64)
+    inputs = case.inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = operator(case)(**inputs)
+    assert outputs[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_inference_mode(op: str) -> None:
+    case = Case(op, B=3, T=5, H=2, D=16)
+    inputs = case.inputs()
+    expected = operator(case)(**inputs)
+    with torch.inference_mode():
+        got = operator(case)(**inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(output.is_inference() and not output.requires_grad for output in got)
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_activation_checkpointing(op: str) -> None:
+    case = Case(op, B=3, T=5, H=2, D=16)
+    inputs = case.inputs()
+    cotangents = case.cotangents(operator(case)(**inputs))
+
+    def again(**arguments: Any) -> tuple[Tensor, ...]:
+        return torch.utils.checkpoint.checkpoint(operator(case), use_reentrant=False, **arguments)
+
+    expected = cases.evaluate(operator(case), inputs, cotangents)
+    cases.assert_same_bits(cases.evaluate(again, inputs, cotangents), expected)
+
+
+# ---------------------------------------------------------------- backends
+
+
+@pytest.fixture
+def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever the reference runs."""
+    calls: list[int] = []
+    run = reference.run
+
+    def counted(*args: Any) -> tuple[Tensor, ...]:
+        calls.append(threading.get_ident())
+        return run(*args)
+
+    monkeypatch.setattr(reference, "run", counted)
+    return calls
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_forced_reference(op: str, mode: str, reference_calls: list[int]) -> None:
+    """It runs, once, gives the reference's own bits and gradients, and is gone when the block ends."""
+    case = Case(op, B=3, T=5, H=2, D=16, lengths=True)
+    inputs = case.inputs()
+    expected = getattr(reference, op)(**inputs)
+    cotangents = case.cotangents(expected)
+    gradients = cases.evaluate(getattr(reference, op), inputs, cotangents)
+    del reference_calls[:]
+    context = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
+    assert backends.current() is None
+    with context(), seqops.backend("reference"):
+        assert backends.current() == "reference"
+        got = operator(case)(**inputs)
+        assert len(reference_calls) == 1
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        if mode == "grad":
+            cases.assert_same_bits(cases.evaluate(operator(case), inputs, cotangents), gradients)
+    assert backends.current() is None
+    del reference_calls[:]
+    with context():
+        operator(case)(**inputs)
+    assert not reference_calls
+
+
+def test_forcing_nests_and_survives_errors() -> None:
+    with seqops.backend("reference"):
+        with seqops.backend("cpu"):
+            assert backends.current() == "cpu"
+        assert backends.current() == "reference"
+    with pytest.raises(KeyError), seqops.backend("reference"):
+        raise KeyError
+    assert backends.current() is None
+
+
+def test_forcing_is_of_one_thread(reference_calls: list[int]) -> None:
+    case = Case("lstm", B=2, T=3, D=4)
+    inputs = case.inputs()
+    seen: list[str | None] = []
+
+    def elsewhere() -> None:
+        seen.append(backends.current())
+        operator(case)(**inputs)
+
+    def forced_elsewhere() -> None:
+        with seqops.backend("reference"):
+            operator(case)(**inputs)
+
+    with seqops.backend("reference"):
+        for target in (elsewhere, forced_elsewhere):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+        assert seen == [None]
+        assert len(reference_calls) == 1 and reference_calls[0] != threading.get_ident()
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_forced_cpu_is_the_default(op: str, reference_calls: list[int]) -> None:
+    case = Case(op, B=3, T=5, H=2, D=16)
+    inputs = case.inputs()
+    cotangents = case.cotangents(operator(case)(**inputs))
+    expected = cases.evaluate(operator(case), inputs, cotangents)
+    with seqops.backend("cpu"):
+        cases.assert_same_bits(cases.evaluate(operator(case), inputs, cotangents), expected)
+    assert not reference_calls
+
+
+@pytest.mark.parametrize("mode", ["grad", "inference_mode"])
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_forced_backend_that_cannot_serve_says_why(op: str, name: str, mode: str) -> None:
+    inputs = Case(op, B=2, T=3, D=4).inputs()
+    reason = backends.table()[op][name]
+    assert reason
+    context = torch.enable_grad if mode == "grad" else torch.inference_mode
+    with context(), seqops.backend(name), pytest.raises(RuntimeError) as caught:
+        getattr(seqops, op)(**inputs)
+    text = str(caught.value)
+    assert text.startswith(f"seqops::{op}: backend '{name}' cannot serve this call: {reason}")
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_compile_under_a_forced_backend(op: str, fresh_compiler: None, reference_calls: list[int]) -> None:
+    inputs = Case(op, B=3, T=5, H=2, D=4).inputs()
+    compiled = torch.compile(getattr(seqops, op), fullgraph=True, backend="aot_eager")
+    with seqops.backend("reference"), torch.no_grad():
+        got = compiled(**inputs)
+        expected = getattr(seqops, op)(**inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

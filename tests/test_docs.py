@@ -1,0 +1,149 @@
+"""Documentation that can be wrong is checked: examples run, links lead somewhere, names exist, nothing is left out."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import seqops
+import seqops.nn
+from seqops.core import backend
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OPERATORS = [name for name in seqops.__all__ if name in backend.table()]
+
+
+def ids(path: Path) -> str:
+    return path.name
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """The fenced code of a page: line number and text."""
+    text = page.read_text()
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, block.start(1)), block[1]) for block in found]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=ids)
+def test_examples_run(page, tmp_path, monkeypatch):
+    """A reader can paste the blocks of a page one after another."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "example"}
+    for line, code in blocks(page, "python"):
+        # The empty lines make tracebacks name the line in the page.
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+def test_readme_first_screen():
+    """What it is, the two commands and what they need come before anything else, and there is an example."""
+    screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:20])
+    for expected in ("make demo", "make test", "Python 3.10", "C++20", "PyTorch"):
+        assert expected in screen
+    assert len(blocks(ROOT / "README.md", "python")) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_to_files_and_headings(page):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", prose):
+        path, _, heading = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page.name}: {target}"
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in headings]
+            assert heading in slugs, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_make_targets_exist(page):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"(?:`|^    )(?:\w+=\S+ )?make ([a-z-]+)", page.read_text(), re.MULTILINE)
+    assert set(named) <= set(targets)
+
+
+def test_every_make_target_is_described():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split()
+    shown = subprocess.run(["make", "help"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert set(re.findall(r"make ([a-z-]+)", shown)) == set(phony)
+
+
+def test_environment_variables_are_those_that_the_code_reads():
+    sources = [*ROOT.glob("seqops/**/*.py"), *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h"), ROOT / "setup.py"]
+    read = {
+        name
+        for source in sources
+        for name in re.findall(r"(?:getenv\(|environ\.get\(|environ\[)\s*\"(SEQOPS_\w+)\"", source.read_text())
+    }
+    readme = (ROOT / "README.md").read_text()
+    documented = set(re.findall(r"^\| `(SEQOPS_\w+)`", readme, re.MULTILINE))
+    assert documented == read
+    for page in PAGES:
+        assert set(re.findall(r"SEQOPS_[A-Z_]+(?=`)", page.read_text())) <= documented | {"SEQOPS_ISA"}, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_paths_that_pages_name_exist(page):
+    made_by_the_benchmark = {"bench/results/latest.json", "bench/results/latest.html"}
+    pattern = r"`((?:csrc|seqops|tests|bench|docs)/[\w./-]*|setup\.py|Makefile|requirements\.txt|pyproject\.toml)`"
+    for path in set(re.findall(pattern, page.read_text())) - made_by_the_benchmark:
+        assert (ROOT / path).exists(), path
+
+
+def test_every_public_name_is_in_the_api():
+    described = set(re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    public = {f"seqops.{name}" for name in seqops.__all__ if callable(getattr(seqops, name))}
+    public |= {f"seqops.nn.{name}" for name in seqops.nn.__all__}
+    assert public <= described
+    assert OPERATORS
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_has_a_page(operator):
+    """The page of its room names it, with all its arguments."""
+    function = getattr(seqops, operator)
+    room = function.__module__.split(".")[1]
+    page = (ROOT / "docs" / f"{room}.md").read_text()
+    assert f"`{operator}`" in page
+    for argument in inspect.signature(function).parameters:
+        assert re.search(rf"[`(, ]{argument}[`=,\]]", page), argument
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_docstrings_are_complete(operator):
+    """Every argument, what comes back, what can be raised, and the memory beyond the outputs."""
+    function = getattr(seqops, operator)
+    sections = re.search(r"Args:(.*)Returns:(.*)Raises:(.*)Memory:", function.__doc__, re.DOTALL)
+    assert sections
+    for argument in inspect.signature(function).parameters:
+        assert re.search(rf"^ *(\w+, )*{argument}[,:]", sections[1], re.MULTILINE), argument
+
+
+def test_pins_satisfy_what_the_package_asks_for():
+    """Each dependency and tool of pyproject.toml has an exact version in requirements.txt."""
+    project = (ROOT / "pyproject.toml").read_text()
+    asked = re.findall(
+        r'"([a-z-]+)[^"]*"', "".join(re.findall(r"^(?:dependencies|test|bench|docs) = .*$", project, re.M))
+    )
+    pinned = re.findall(r"^([a-z-]+)==[\d.]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert {"torch", "numpy", "click", "rich", "pytest", "mkdocs"} <= set(asked) <= set(pinned)
+
+
+def test_site_loads_nothing_over_the_network(tmp_path):
+    """The built pages open from disk: scripts, styles and pictures are local, and the API page holds the signatures."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for page in tmp_path.glob("*.html"):
+        loaded = re.findall(r"<(?:script|img|link)\b[^>]*?(?:src|href)=\"?([^\s\">]+)", page.read_text())
+        assert loaded
+        assert [address for address in loaded if re.match(r"(https?:)?//", address)] == [], page.name
+    api = (tmp_path / "api.html").read_text()
+    assert ":::" not in api
+    for operator in OPERATORS:
+        assert f'id="seqops{operator}"' in api or f'id="seqops.{operator}"' in api

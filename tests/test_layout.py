@@ -1,0 +1,96 @@
+"""Who may import whom: rooms do not know each other, references know torch only, and so on down the table."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "seqops"
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/reference.py"))
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def allowed(file: str) -> set[str]:
+    """The modules that `file` may import from, apart from the standard library; a package stands for all below it."""
+    folder, _, name = file.rpartition("/")
+    if folder in ROOMS:
+        mine = f"seqops.{folder}"
+        return {
+            "reference.py": {"torch"},
+            "op.py": {"torch", "seqops.core"},
+            "triton.py": {"torch", "seqops.core", "triton", f"{mine}.tiles"},
+            "cuda.py": {"torch", "seqops.core", "cupy", "cupy_backends", "cuda", f"{mine}.tiles"},
+            "tiles.py": {"seqops.tune.csp"},
+            "__init__.py": {"seqops.core", mine},
+        }[name]
+    if folder == "core":
+        return {"torch", "seqops.core"}
+    if file == "tune/csp.py":
+        return set()
+    if folder == "tune" or folder.startswith("tune/"):
+        return {"seqops.core", "seqops.tune"}
+    if folder == "nn":
+        return {"torch", "seqops.nn", *public_operators()}
+    if file == "__init__.py":
+        return {"torch", "seqops"}
+    return {"torch", "seqops", "click", "rich", "matplotlib"}
+
+
+def public_operators() -> set[str]:
+    """What `seqops/__init__.py` takes from the rooms: modules take it there too, since it imports them in turn."""
+    rooms = tuple(f"seqops.{room}." for room in ROOMS)
+    return {name for name in imports(PACKAGE / "__init__.py") if name.startswith(rooms)}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute dotted names of everything imported anywhere in the file, local imports included."""
+    package = ["seqops", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def permitted(name: str, packages: set[str]) -> bool:
+    if name.split(".")[0] in sys.stdlib_module_names:
+        return True
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports(file: str) -> None:
+    packages = allowed(file)
+    refused = sorted({name for name in imports(PACKAGE / file) if not permitted(name, packages)})
+    assert not refused, f"{file} imports {refused}, and may import {sorted(packages)}"
+
+
+def test_rooms_are_found() -> None:
+    assert "rnn" in ROOMS
+    assert {"__init__.py", "rnn/op.py", "rnn/reference.py", "core/backend.py", "nn/__init__.py"} <= {*FILES}
+
+
+def test_kernel_sources_include_only_ours() -> None:
+    """Device sources see `common/gpu.h` alone, or a compiler at first use would need a toolkit."""
+    for path in (ROOT / "csrc").rglob("*.cu"):
+        included = [line.split()[1] for line in path.read_text().splitlines() if line.startswith("#include")]
+        assert {*included} <= {'"common/gpu.h"', f'"{path.parent.name}/{path.parent.name}.h"'}, path
+
+
+def test_kernels_use_no_standard_library_templates() -> None:
+    """A weak symbol compiled for one instruction set could become the copy that every set runs."""
+    kernels = [*(ROOT / "csrc").glob("*/*_kernel.cpp")]
+    assert kernels
+    for path in kernels:
+        headers = [line.split()[1] for line in path.read_text().splitlines() if line.startswith("#include")]
+        assert {header for header in headers if header[0] == "<"} <= {
+            "<cmath>",
+            "<cstdint>",
+            "<cstddef>",
+            "<cstring>",
+        }, path

@@ -1,0 +1,48 @@
+"""The extension built with AddressSanitizer and UndefinedBehaviorSanitizer, running the cases marked `sanitize`."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Without optimisation the build takes half as long as with a little, and these cases run in seconds all the same.
+FLAGS = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+BUILD = "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+CHECK = """
+import sys, pytest, seqops
+print(seqops.__file__)
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
+"""
+
+
+def runtime(library: str) -> str:
+    command = [os.environ.get("CXX", "g++"), f"-print-file-name={library}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' runtime is preloaded the Linux way")
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(run_python: Callable[..., str], tmp_path: Path) -> None:
+    folders = ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "objects")]
+    run_python(BUILD, "build_ext", *folders, timeout=600, CXXFLAGS=FLAGS, LDFLAGS=FLAGS, MAX_JOBS="2")
+    [extension] = (tmp_path / "seqops").glob("_C*.so")
+    assert b"__asan_report" in extension.read_bytes() and b"__ubsan_handle" in extension.read_bytes()
+    shutil.copytree(ROOT / "seqops", tmp_path / "seqops", ignore=shutil.ignore_patterns("*.so"), dirs_exist_ok=True)
+    output = run_python(
+        CHECK,
+        *("-o", f"pythonpath={tmp_path}", "-m", "sanitize", "-k", "values_and_gradients or number_of_threads"),
+        str(ROOT / "tests" / "test_rnn.py"),
+        folder=tmp_path,
+        timeout=600,
+        PYTHONPATH=str(tmp_path),
+        LD_PRELOAD=f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
+        # Python and torch leave memory to the end of the process.
+        ASAN_OPTIONS="detect_leaks=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
+        SEQOPS_CPU_ISA="avx2",
+    )
+    assert output.startswith(str(tmp_path / "seqops")) and " passed" in output
