@@ -1,0 +1,184 @@
+"""`python -m bench`: see the package's text."""
+
+import difflib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import harness, record, report, suite, tables
+
+RESULTS = Path(__file__).with_name("results")
+
+
+class Reporter:
+    """A progress bar on a terminal; one line for each result elsewhere, so that a log shows where a run is."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("starting", total=None)
+        self.done = 0
+        self.total = 0
+
+    def __call__(self, event: str, value: Any) -> None:
+        if event == "start":
+            self.total = value
+            self.progress.update(self.task, total=value)
+        elif event == "stage":
+            self.progress.update(self.task, description=value)
+        else:
+            self.done += 1
+            self.progress.advance(self.task)
+            if not self.console.is_terminal:
+                click.echo(f"[{self.done}/{self.total}] {describe_result(value)}", err=True)
+
+
+def describe_result(result: record.Result) -> str:
+    if result.error:
+        return f"{result.case}, {result.mode}: FAILED, {result.error}"
+    ratios = [f"{tables.format_ratio(ratio['median'])} {peer}" for peer, ratio in result.ratios.items()]
+    return f"{result.case}, {result.mode}: " + ", ".join(ratios)
+
+
+def select(cases: list[harness.Case], wanted: tuple[str, ...]) -> list[harness.Case]:
+    """The cases of the operators that `--op` names; all where it names none."""
+    known = list(dict.fromkeys(case.op for case in cases))
+    for op in wanted:
+        if op not in known:
+            near = difflib.get_close_matches(op, known, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+            raise click.BadParameter(f"no operator {op!r}; {hint}", param_hint="--op")
+    return [case for case in cases if not wanted or case.op in wanted]
+
+
+def require_cpu(device: str, cases: list[harness.Case]) -> None:
+    """Ends the program where the device cannot run the cases, saying why."""
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: torch finds no CUDA device here")
+    from seqops.core import backend
+
+    kernels = backend.table()
+    missing = sorted({case.op for case in cases if all(kernels[case.op][name] for name in ("triton", "cuda"))})
+    raise click.UsageError(f"--device cuda: no CUDA kernels to measure for {', '.join(missing)}")
+
+
+def list_cases(cases: list[harness.Case]) -> None:
+    for case in cases:
+        for mode in case.modes:
+            goals = [f"{peer} >= {goal:g}x" for (peer, of), goal in case.goals.items() if of == mode]
+            click.echo(f"{case.op:<6} {case.name}, {mode}  [{', '.join(goals) or 'no goal'}]")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this operator; may be given several times.")
+@click.option("--quick", is_flag=True, help="Fewer rounds: under two minutes.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the results."
+)
+@click.option("--html", "html_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the report.")
+@click.option(
+    "--markdown",
+    "markdown_paths",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=f"Page whose text between {tables.BEGIN} and {tables.END} becomes the table; may be given several times.",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Measure nothing; read this JSON file and write the table and reports from it.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of every contender. Default: all cores.")
+@click.option("--list", "only_list", is_flag=True, help="Print the cases and their goals, measure nothing.")
+def main(
+    ops: tuple[str, ...],
+    quick: bool,
+    json_path: Path | None,
+    html_path: Path | None,
+    markdown_paths: tuple[Path, ...],
+    source: Path | None,
+    device: str,
+    threads: int | None,
+    only_list: bool,
+) -> None:
+    """Measure every operator beside what it replaces.
+
+    Values are compared with a float64 reference first; a case that fails has no time, and the exit code is 1.
+    Results go to bench/results/latest.json and latest.html unless --json or --html name another place.
+    """
+    can_plot = importlib.util.find_spec("matplotlib") is not None
+    if html_path and not can_plot:
+        raise click.UsageError("--html draws with matplotlib, which is not installed: pip install matplotlib")
+    for path in markdown_paths:
+        try:
+            tables.check_markdown(path)
+        except ValueError as error:
+            raise click.UsageError(f"--markdown: {error}") from None
+
+    problems: list[str] = []
+    if source:
+        try:
+            found = record.load(source)
+        except ValueError as error:
+            raise click.UsageError(f"--from: {error}") from None
+    else:
+        cases = select(harness.load_cases(), ops)
+        require_cpu(device, cases)
+        if only_list:
+            return list_cases(cases)
+        found, problems = measure(cases, harness.Settings(**({"threads": threads} if threads else {}), quick=quick))
+        json_path = json_path or RESULTS / "latest.json"
+        html_path = html_path or (RESULTS / "latest.html" if can_plot else None)
+
+    tables.print_record(found, Console())
+    written = list(markdown_paths)
+    for path in markdown_paths:
+        tables.update_markdown(path, found)
+    if json_path:
+        found.save(json_path)
+        written.append(json_path)
+    if html_path:
+        report.write_html(html_path, found)
+        written.append(html_path)
+    for path in written:
+        click.echo(f"wrote {path}")
+    for problem in problems:
+        click.echo(problem, err=True)
+    if problems or any(result.error for result in found.results):
+        sys.exit(1)
+
+
+def measure(cases: list[harness.Case], settings: harness.Settings) -> tuple[record.Record, list[str]]:
+    """Runs the suite with a progress bar. Returns the record, and what went wrong outside of any case."""
+    reporter = Reporter()
+    measured = suite.Suite(cases, settings, reporter)
+    with reporter.progress:
+        code = suite.run(measured)
+    problems = measured.problems
+    if code not in (0, 1) and not problems:
+        problems.append(f"pytest ended with code {code}" + (" (interrupted)" if code == 2 else ""))
+    if not measured.results:
+        raise click.ClickException("nothing was measured\n" + "\n".join(problems))
+    return record.make_record(settings, measured.rates, measured.results), problems
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench")

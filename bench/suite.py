@@ -1,0 +1,132 @@
+"""The pytest plugin that turns cases into tests and collects their results.
+
+`python -m bench` runs pytest through `run` below. `pytest bench` does the same with pytest's own options, since
+`conftest.py` registers the plugin where nobody else has.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import harness, memory
+from bench.record import Result
+
+
+class Suite:
+    """Parametrises `test_speed` with every case in every mode, and measures them.
+
+    Args:
+        cases: what to measure.
+        settings: how much.
+        report: called with what happens: `("start", number of measurements)`, `("stage", text)`, `("result", Result)`.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[harness.Case],
+        settings: harness.Settings,
+        report: Callable[[str, Any], None] = lambda event, value: None,
+    ) -> None:
+        self.measurements = [(case, mode) for case in cases for mode in case.modes]
+        self.settings = settings
+        self.report = report
+        self.results: list[Result] = []
+        self.problems: list[str] = []
+        self.processes = memory.Processes()
+
+    @cached_property
+    def rates(self) -> harness.Rates:
+        """Measured once, before the first case."""
+        self.report("stage", "this machine's matrix product and copy")
+        torch.set_num_threads(self.settings.threads)
+        return harness.measure_rates()
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "measurement" in metafunc.fixturenames:
+            names = [f"{case.name} {mode}".replace(" ", "-") for case, mode in self.measurements]
+            metafunc.parametrize("measurement", self.measurements, ids=names)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.report("start", len(session.items))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.problems.append(str(report.longrepr))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # A failing call has its text in the result; fixtures and teardown would otherwise fail unseen.
+        if report.failed and report.when != "call":
+            self.problems.append(report.longreprtext)
+
+    def pytest_internalerror(self, excrepr: Any) -> None:
+        self.problems.append(str(excrepr))
+
+    def measure(self, case: harness.Case, mode: str, benchmark: Any) -> Result:
+        """Checks, times and weighs one case in one mode; the result is also kept in `results`.
+
+        Args:
+            benchmark: pytest-benchmark's fixture.
+        """
+        result = Result(
+            case=case.name,
+            op=case.op,
+            shape=dict(case.shape),
+            dtype=str(case.dtype).removeprefix("torch."),
+            mode=mode,
+            goals={peer: goal for (peer, of), goal in case.goals.items() if of == mode},
+            causes={peer: cause for (peer, of), cause in case.causes.items() if of == mode},
+        )
+        try:
+            rates = self.rates
+            self.report("stage", f"{case.name}, {mode}: values")
+            self.check(result, case, mode)
+            if result.error is None:
+                self.report("stage", f"{case.name}, {mode}: time")
+                self.time(result, case, mode, benchmark, rates)
+                if mode == harness.TRAINING and self.settings.memory:
+                    self.report("stage", f"{case.name}, {mode}: memory")
+                    for name in (harness.OURS, *case.peers):
+                        result.memory[name] = self.processes.peak(case, name, self.settings.threads)
+        except Exception as error:
+            # One broken case must not hide the others; the suite fails at its end all the same.
+            result.error = f"{type(error).__name__}: {error}"
+        self.results.append(result)
+        self.report("result", result)
+        return result
+
+    def check(self, result: Result, case: harness.Case, mode: str) -> None:
+        found = harness.check(case, mode)
+        worst = max(found.errors, key=lambda name: found.errors[name] / (found.bounds[name] or 1.0))
+        result.check = {"name": worst, "error": found.errors[worst], "bound": found.bounds[worst]}
+        result.error = found.message
+
+    def time(self, result: Result, case: harness.Case, mode: str, benchmark: Any, rates: harness.Rates) -> None:
+        times, calls = harness.measure(case, mode, benchmark, self.settings)
+        for name, spent in times.items():
+            result.seconds[name] = {**harness.summary(spent), "rounds": len(spent), "calls": calls[name]}
+            median = result.seconds[name]["median"]
+            result.gemm_fraction[name] = case.flops[mode] / median / rates.gemm
+            result.copy_fraction[name] = case.bytes[mode] / median / rates.copy
+            if name != harness.OURS:
+                result.ratios[name] = harness.ratio_summary(times[harness.OURS], spent)
+
+
+def find(config: pytest.Config) -> Suite | None:
+    """The suite that this pytest runs."""
+    return next((plugin for plugin in config.pluginmanager.get_plugins() if isinstance(plugin, Suite)), None)
+
+
+def run(suite: Suite) -> int:
+    """Runs pytest over the suite, silently, and returns pytest's exit code: 0 all measured, 1 some failed."""
+    arguments = [
+        str(Path(__file__).with_name("test_suite.py")),
+        # The project's options are for its tests: several processes and markers would disturb the measurement.
+        *("--override-ini", "addopts="),
+        *("-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler", "--capture=no"),
+        *("--benchmark-timer=time.perf_counter", "--benchmark-warmup=off", "--benchmark-disable-gc"),
+    ]
+    return int(pytest.main(arguments, plugins=[suite]))

@@ -1,0 +1,216 @@
+"""The results as a table: in the terminal, in a pipe, and between two markers of a Markdown page."""
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from bench import harness
+from bench.record import Record, Result, find_misses, memory_ratio
+
+BEGIN = "<!-- bench:begin -->"
+END = "<!-- bench:end -->"
+MODE_TITLES = {harness.FORWARD: "forward", harness.TRAINING: "forward + backward", harness.INFERENCE: "inference mode"}
+
+
+def format_seconds(seconds: float) -> str:
+    """Three digits and a unit."""
+    units = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+    unit, size = next((pair for pair in units if seconds >= 0.9995 * pair[1]), units[-1])
+    value = seconds / size
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+
+
+def format_ratio(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 99.5 else f"{ratio:.1f}x" if ratio >= 9.995 else f"{ratio:.2f}x"
+
+
+def format_bytes(size: int) -> str:
+    megabytes = size / (1 << 20)
+    return f"{megabytes:.0f} MB" if megabytes >= 9.5 else f"{megabytes:.1f} MB"
+
+
+def format_shares(shares: dict[str, float], peer: str) -> str:
+    return f"{shares[harness.OURS]:.0%} / {shares[peer]:.0%}".replace("%", "")
+
+
+LEFT = ("case", "mode", "against")
+NUMBERS = ("ours", "peer", "ratio", "goal", "20-80 %", "memory ours / peer", "GEMM %", "copy %")
+# What a narrow terminal does without, first to last; the report has it all.
+SPARED = ("copy %", "GEMM %", "20-80 %", "memory ours / peer", "goal")
+
+
+def make_row(result: Result, peer: str) -> dict[str, str]:
+    """The cells of one case, mode and peer, by column; markup where the goal is met or missed."""
+    ratio, goal = result.ratios[peer], result.goals.get(peer)
+    colour = "" if goal is None else "[green]" if ratio["median"] >= goal else "[red]"
+    weighed = harness.OURS in result.memory and peer in result.memory
+    return {
+        "case": result.case,
+        "mode": result.mode,
+        "against": peer,
+        "ours": format_seconds(result.seconds[harness.OURS]["median"]),
+        "peer": format_seconds(result.seconds[peer]["median"]),
+        "ratio": f"{colour}{format_ratio(ratio['median'])}",
+        "goal": "" if goal is None else f"{goal:g}x",
+        "20-80 %": f"{ratio['p20']:.2f}-{ratio['p80']:.2f}",
+        "memory ours / peer": " / ".join(format_bytes(result.memory[name]) for name in (harness.OURS, peer))
+        if weighed
+        else "",
+        "GEMM %": format_shares(result.gemm_fraction, peer),
+        "copy %": format_shares(result.copy_fraction, peer),
+    }
+
+
+def make_table(results: Iterable[Result], columns: Sequence[str], **style: object) -> Table:
+    """One row for each case, mode and peer; a case with wrong values has one row without numbers."""
+    table = Table(pad_edge=False, **style)
+    for title in columns:
+        table.add_column(title, justify="left" if title in LEFT else "right", no_wrap=title != "case")
+    for result in results:
+        if result.error:
+            failed = {"case": result.case, "mode": result.mode, "ours": "[red]FAILED"}
+            table.add_row(*(failed.get(title, "") for title in columns))
+        for peer in result.ratios:
+            row = make_row(result, peer)
+            table.add_row(*(row[title] for title in columns))
+    return table
+
+
+def render(results: Iterable[Result]) -> str:
+    """The table as plain text, for a pipe or a log."""
+    target = io.StringIO()
+    Console(file=target, width=240, color_system=None).print(make_table(results, (*LEFT, *NUMBERS), box=None))
+    return "".join(line.rstrip() + "\n" for line in target.getvalue().splitlines())
+
+
+def print_table(results: Sequence[Result], console: Console) -> None:
+    """The table in colour, with as many columns as the terminal has room for."""
+    columns = [*LEFT, *NUMBERS]
+    for spared in ("", *SPARED):
+        columns = [title for title in columns if title != spared]
+        table = make_table(results, columns, box=box.SIMPLE_HEAD)
+        if Measurement.get(console, console.options.update_width(1000), table).maximum <= console.width:
+            break
+    console.print(table)
+
+
+def describe(record: Record) -> str:
+    """One line on what was measured, where and when."""
+    machine, commit = record.machine, record.commit
+    changed = " with changes" if commit["dirty"] else ""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, kernels {machine['seqops_isa']}, "
+        f"torch {machine['versions']['torch']} ({machine['torch_isa']}), Python {machine['versions']['python']}; "
+        f"matrix product {record.rates['gemm'] / 1e9:.0f} GFLOP/s, copy {record.rates['copy'] / 1e9:.0f} GB/s; "
+        f"commit {commit['id'][:10]}{changed}, {record.date[:10]}"
+    )
+
+
+def summarise(record: Record) -> str:
+    """How many goals were met."""
+    failed = sum(result.error is not None for result in record.results)
+    goals = sum(len(result.goals) for result in record.results if not result.error)
+    missed = [miss for miss in find_misses(record) if miss.quantity == "time"]
+    parts = [f"{goals - len(missed)} of {goals} goals met"]
+    heavier = sum(miss.quantity == "memory" for miss in find_misses(record))
+    if heavier:
+        parts.append(f"{heavier} training steps larger than the peer's")
+    if failed:
+        parts.append(f"{failed} cases failed, not timed")
+    return ", ".join(parts)
+
+
+def print_record(record: Record, console: Console) -> None:
+    """The table and what needs saying about it; plain text unless `console` is a terminal."""
+    if console.is_terminal:
+        print_table(record.results, console)
+    else:
+        console.file.write(render(record.results))
+    lines = [f"failed: {result.case}, {result.mode}: {result.error}" for result in record.results if result.error]
+    for miss in find_misses(record):
+        what = "time" if miss.quantity == "time" else "memory of a step"
+        cause = f": {miss.cause}" if miss.cause else ""
+        lines.append(
+            f"missed: {miss.result.case}, {miss.result.mode}, {what} against {miss.peer}: "
+            f"{miss.value:.2f} for {miss.goal:g}{cause}"
+        )
+    lines += [summarise(record), describe(record)]
+    console.file.write("\n".join(lines) + "\n")
+
+
+def markdown_cells(result: Result | None, peer: str) -> list[str]:
+    """Times and ratio of one mode; blank where it was not measured."""
+    if result is None:
+        return ["", ""]
+    if result.error:
+        return ["failed", ""]
+    if peer not in result.ratios:
+        return ["", ""]
+    ratio, goal = result.ratios[peer]["median"], result.goals.get(peer)
+    times = " / ".join(format_seconds(result.seconds[name]["median"]) for name in (harness.OURS, peer))
+    text = f"**{format_ratio(ratio)}**"
+    if goal is not None:
+        text += f" (goal {goal:g}x)" if ratio >= goal else f" (goal {goal:g}x, missed)"
+    return [times, text]
+
+
+def markdown_rows(results: Sequence[Result]) -> Iterator[list[str]]:
+    """One row for each case and peer, and one more for inference mode."""
+    cases = dict.fromkeys(result.case for result in results)
+    for case in cases:
+        modes = {result.mode: result for result in results if result.case == case}
+        peers = dict.fromkeys(peer for result in modes.values() for peer in (*result.goals, *result.ratios))
+        training = modes.get(harness.TRAINING)
+        for peer in peers:
+            ratio = training and memory_ratio(training, peer)
+            memory = ""
+            if ratio:
+                memory = " / ".join(format_bytes(training.memory[name]) for name in (harness.OURS, peer))
+            cells = [
+                cell for mode in (harness.FORWARD, harness.TRAINING) for cell in markdown_cells(modes.get(mode), peer)
+            ]
+            yield [case, peer, *cells, memory]
+            if harness.INFERENCE in modes:
+                cells = markdown_cells(modes[harness.INFERENCE], peer)
+                yield [f"{case}, inference mode", peer, *cells, "", "", ""]
+
+
+def markdown_table(record: Record) -> str:
+    """The table for README and the documentation, with a line below it that says what was measured."""
+    head = [
+        "case",
+        "against",
+        "forward: ours / peer",
+        "ratio",
+        "forward + backward: ours / peer",
+        "ratio",
+        "memory of a step",
+    ]
+    lines = [head, ["---", "---", "---:", "---:", "---:", "---:", "---:"], *markdown_rows(record.results)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n{describe(record)}. Ratios above 1: ours is faster."
+
+
+def update_markdown(path: Path, record: Record) -> None:
+    """Replaces what stands between the two markers of a page by the table; a page that does not exist is made.
+
+    Raises:
+        ValueError: the page has no pair of markers.
+    """
+    check_markdown(path)
+    before, _, rest = (path.read_text() if path.exists() else f"{BEGIN}\n{END}\n").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n\n{markdown_table(record)}\n\n{END}{after}")
+
+
+def check_markdown(path: Path) -> None:
+    """Raises what `update_markdown` would, without writing."""
+    if path.exists():
+        text = path.read_text()
+        if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+            raise ValueError(f"{path}: expected one line {BEGIN} and after it one line {END}")
