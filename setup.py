@@ -1,8 +1,8 @@
 """Builds seqops._C: one module for every torch >= 2.10, every Python >= 3.10 and every x86-64 (or Arm) CPU.
 
 Kernel files (csrc/*/*_kernel.cpp) are compiled once per instruction set, each with its own flags. BuildExtension knows
-one set of flags an extension, so `build_extension` compiles those objects first and hands them to the link. CXXFLAGS and
-LDFLAGS are honoured, e.g. for sanitizers.
+one set of flags an extension, so `build_extension` compiles those objects first and hands them to the link. CXXFLAGS
+and LDFLAGS are honoured, e.g. for sanitizers.
 """
 
 import os
@@ -23,13 +23,12 @@ except ImportError:
         "    pip install --no-build-isolation -e ."
     )
 
-# never -ffast-math: NaN and Inf are part of the contract
-# (GCC takes the undefined operand of its own AVX-512 intrinsics for a mistake of ours: -Wno-maybe-uninitialized)
-FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
-X86 = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
-}
+# Never -ffast-math: NaN and Inf are part of the contract.
+FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+# GCC takes the undefined operands in its own AVX-512 headers for a mistake of ours.
+FLAGS += ["-Wno-maybe-uninitialized"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+X86 = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 ISAS = {"baseline": [], **(X86 if platform.machine() in ("x86_64", "AMD64") else {})}
 TARGET = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # 2.10; py_limited_api adds Py_LIMITED_API
 

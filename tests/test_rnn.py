@@ -547,7 +547,7 @@ def test_inference_needs_the_memory_of_its_outputs(run_python: Callable[..., str
 
 # ---------------------------------------------------------------- instruction sets
 
-SETS = ("baseline", "avx2", "avx512")
+SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 IN_SET = """
 import sys, pytest, torch, seqops
@@ -560,7 +560,7 @@ sys.exit(pytest.main([*plain, "-m", "small", "-k", "values_and_gradients", sys.a
 def best_set() -> str:
     flags = set(Path("/proc/cpuinfo").read_text().split())
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
-        return "avx512"
+        return "avx512_bf16" if "avx512_bf16" in flags else "avx512"
     return "avx2" if {"avx2", "fma", "f16c"} <= flags else "baseline"
 
 

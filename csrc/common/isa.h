@@ -9,16 +9,16 @@
 #define SEQOPS_STRING(name) SEQOPS_STRING_(name)
 
 #if defined(__x86_64__)
-#define SEQOPS_FOR_EACH_ISA(DO) DO(baseline) DO(avx2) DO(avx512)
+#define SEQOPS_FOR_EACH_ISA(DO) DO(baseline) DO(avx2) DO(avx512) DO(avx512_bf16)
 #else
 #define SEQOPS_FOR_EACH_ISA(DO) DO(baseline)
 #endif
 
 namespace seqops {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };  // each contains those before it
 
-// The widest set that this machine has and SEQOPS_CPU_ISA (baseline, avx2, avx512) allows; read once, at load.
+// The widest set that this machine has and SEQOPS_CPU_ISA (one of these names) allows; read once, at load.
 Isa isa();
 const char* isa_name(Isa isa);
 

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -274,11 +274,23 @@ SEQOPS_INLINE Vector<T> exp(Vector<T> x) {
   return x < K::EXP_LEAST ? Vector<T>{} : value;
 }
 
+// 1 / x for x in [1, 2^127], within 2 units in the last place: a division of 512 bits blocks the pipe for 10 to 16 cycles.
+template <class T>
+SEQOPS_INLINE Vector<T> reciprocal(Vector<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const Vector<T> estimate = (Vector<T>)_mm512_rcp14_ps((__m512)x);
+    return estimate * (static_cast<T>(2) - x * estimate);
+  }
+#endif
+  return static_cast<T>(1) / x;
+}
+
 template <class T>
 SEQOPS_INLINE Vector<T> sigmoid(Vector<T> x) {
   using K = Constants<T>;
   const Power<T> p = power<T>(at_most<T>(at_least<T>(-x, K::EXP_LEAST), K::EXP_MOST));
-  return static_cast<T>(1) / ((p.scale + p.scale * p.rest) + static_cast<T>(1));
+  return reciprocal<T>((p.scale + p.scale * p.rest) + static_cast<T>(1));
 }
 
 template <class T>
@@ -287,7 +299,7 @@ SEQOPS_INLINE Vector<T> tanh(Vector<T> x) {
   const Vector<T> cut = at_most<T>(at_least<T>(x, -K::TANH_MOST), K::TANH_MOST);
   const Power<T> p = power<T>(cut + cut);
   const Vector<T> expm1 = (p.scale - static_cast<T>(1)) + p.scale * p.rest;
-  return expm1 / (expm1 + static_cast<T>(2));
+  return expm1 * reciprocal<T>(expm1 + static_cast<T>(2));
 }
 
 // log(sigmoid(x)) = min(x, 0) - log1p(e^-|x|), with log1p(u) = 2 atanh(u / (2 + u))

@@ -53,6 +53,6 @@ struct Lstm {
 
 extern const CellKernels lstm_kernels = SEQOPS_CELL_KERNELS(Lstm);
 extern const Tiles rnn_tiles = {
-    LANES<float>, LANES<double>, {ROWS_OF[0], ROWS_OF[1], ROWS_OF[2], ROWS_OF[3], ROWS_OF[4]}};
+    LANES<float>, LANES<double>, PAIRS<bfloat16>, {ROWS_OF[0], ROWS_OF[1], ROWS_OF[2], ROWS_OF[3], ROWS_OF[4]}};
 
 }  // namespace seqops::SEQOPS_ISA

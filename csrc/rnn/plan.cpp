@@ -32,7 +32,7 @@ struct Model {
   const Tiles& tiles;
   int64_t lanes, vectors;  // vectors: of units of a head
 
-  double head_bytes() const { return double(vectors) * lanes * q.gates * q.depth * q.real_bytes; }
+  double head_bytes() const { return double(vectors) * lanes * q.gates * q.depth * q.input_bytes; }
 
   // One panel, all gates, `rows` rows; the first tile of rows brings the weights near.
   double panel(int64_t rows, int64_t width, bool fits_l2) const {
@@ -47,13 +47,12 @@ struct Model {
 }  // namespace
 
 Plan make_plan(const PlanRequest& q, const Tiles& tiles) {
-  const int64_t lanes = q.real_bytes == 8 ? tiles.lanes_double : tiles.lanes_float;
-  const Model model = {q, tiles, lanes, divide_up(q.D, lanes)};
+  const Model model = {q, tiles, q.lanes, divide_up(q.D, q.lanes)};
   const double budget = 0.75 * l2_bytes();
 
   Plan plan = {};
-  plan.unpacked = q.allow_unpacked && q.B * q.T < UNPACKED_ROWS_STEPS;
-  plan.narrow_weights = q.weight_bytes == 2 && q.B <= FEW_ROWS;
+  plan.unpacked = q.may_be_unpacked && q.B * q.T < UNPACKED_ROWS_STEPS;
+  plan.narrow_weights = q.may_stay_narrow && q.B <= FEW_ROWS;
   // Wide panels give a single row enough independent sums; two vectors are enough otherwise.
   const auto width_for = [&](int64_t rows, int64_t vectors) -> int64_t {
     if (q.gates > 1) return 1;

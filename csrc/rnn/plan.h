@@ -8,12 +8,13 @@ namespace seqops {
 
 struct PlanRequest {
   int64_t B, T, H, D;
-  int64_t gates;         // gates whose weights one panel interleaves: G forward, 1 backward
-  int64_t depth;         // length of the product's sums: D forward, G * D backward
-  int64_t weight_bytes;  // of one weight as stored; 2 allows narrow weights
-  int64_t real_bytes;
+  int64_t gates;  // gates whose weights one panel interleaves: G forward, 1 backward
+  int64_t depth;  // length of the product's sums: D forward, G * D backward
+  int64_t lanes;
+  int64_t input_bytes;   // of an element of the product's input, and of a packed weight unless that stays narrow
+  bool may_stay_narrow;  // 16-bit weights that the product can widen as it reads them
   int64_t threads;
-  bool allow_unpacked;  // forward
+  bool may_be_unpacked;  // forward
 };
 
 Plan make_plan(const PlanRequest& request, const Tiles& tiles);

@@ -4,198 +4,13 @@
 //   backward   a[row, unit]       = sum_{gate, k} r[gate, k, unit] dy[row, gate, k]       then Cell::backward
 //
 // The product keeps a tile of sums in registers (rows x vectors); the cell's own part follows while they are in L1.
-// A row's sums run over k in order, whatever the batch, the tile or the number of threads.
 #pragma once
 
 #include "../common/team.h"
-#include "../common/vector.h"
-#include "rnn.h"
+#include "product.h"
 
 namespace seqops::SEQOPS_ISA {
 namespace {
-
-// Rows of a register tile by vectors a row: sums, weights and one broadcast fit 32 registers (AVX-512, NEON), or 16.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int ROWS_OF[] = {0, 12, 12, 8, 6};
-#else
-constexpr int ROWS_OF[] = {0, 12, 6, 4, 3};
-#endif
-constexpr int MOST_SUMS = 24;  // vectors of sums in the largest tile
-
-// ---- product: sums[row][vector][lane] = sum_k input[row][k] * weights[k][vector][lane]
-
-template <class Real, class W, int VECTORS, int ROWS>
-void product_tile(const W* weights, const Real* input, int64_t stride, int64_t depth, Real* sums) {
-  constexpr int L = LANES<Real>;
-  Vector<Real> sum[ROWS][VECTORS] = {};
-  for (int64_t k = 0; k < depth; ++k, weights += VECTORS * L) {
-    if constexpr (ROWS < VECTORS) {  // hold whichever is fewer: the inputs or the weights
-      Vector<Real> x[ROWS];
-#pragma GCC unroll 16
-      for (int row = 0; row < ROWS; ++row) x[row] = Vector<Real>{} + input[row * stride + k];
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; ++v) {
-        const Vector<Real> w = load(weights + v * L);
-#pragma GCC unroll 16
-        for (int row = 0; row < ROWS; ++row) sum[row][v] += x[row] * w;
-      }
-    } else {
-      Vector<Real> w[VECTORS];
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; ++v) w[v] = load(weights + v * L);
-#pragma GCC unroll 16
-      for (int row = 0; row < ROWS; ++row) {
-        const Vector<Real> x = Vector<Real>{} + input[row * stride + k];
-#pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v) sum[row][v] += x * w[v];
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int row = 0; row < ROWS; ++row) {
-#pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) store(sums + (row * VECTORS + v) * L, sum[row][v]);
-  }
-}
-
-template <class Real, class W, int VECTORS, int ROWS = ROWS_OF[VECTORS]>
-void product(int64_t rows, const W* weights, const Real* input, int64_t stride, int64_t depth, Real* sums) {
-  if (rows == ROWS) return product_tile<Real, W, VECTORS, ROWS>(weights, input, stride, depth, sums);
-  if constexpr (ROWS > 1) product<Real, W, VECTORS, ROWS - 1>(rows, weights, input, stride, depth, sums);
-}
-
-template <class S>
-struct Packed {  // weights in Real, or in S where they are read once a step and bandwidth is what counts
-  const void* weights;
-  bool narrow;
-
-  template <int VECTORS>
-  void multiply(int64_t offset, int64_t rows, const Compute<S>* input, int64_t stride, int64_t depth,
-                Compute<S>* sums) const {
-    using Real = Compute<S>;
-    if constexpr (sizeof(S) == 2) {
-      if (narrow) {
-        return product < Real, S, VECTORS,
-               ROWS_OF[4]<ROWS_OF[VECTORS] ? ROWS_OF[4] : ROWS_OF[VECTORS]>(
-                   rows, static_cast<const S*>(weights) + offset, input, stride, depth, sums);
-      }
-    }
-    product<Real, Real, VECTORS>(rows, static_cast<const Real*>(weights) + offset, input, stride, depth, sums);
-  }
-};
-
-// ---- packing
-
-template <class S, class W, int GATES>
-void pack_forward_panel(const Recurrence& a, const Panels& panels, int64_t head, int64_t panel) {
-  using Real = Compute<S>;
-  constexpr int L = LANES<Real>;
-  const int64_t width = panels.width_of(panel), vectors = GATES * width;
-  const S* r = static_cast<const S*>(a.r) + head * a.stride_r[1];
-  W* out = static_cast<W*>(a.packed) + head * panels.head_size() + panels.offset(panel);
-  for (int64_t k0 = 0; k0 < a.D; k0 += L) {
-    const int64_t n = a.D - k0 < L ? a.D - k0 : L;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t gate = v / width, unit0 = (panel * panels.width + v % width) * L;
-      Vector<Real> square[L];  // units x k, then k x units
-#pragma GCC unroll 16
-      for (int64_t lane = 0; lane < L; ++lane) {
-        const S* row = r + gate * a.stride_r[0] + (unit0 + lane) * a.stride_r[2] + k0;
-        square[lane] = unit0 + lane < a.D ? load(row, n) : Vector<Real>{};
-      }
-      transpose<Real>(square);
-#pragma GCC unroll 16
-      for (int64_t k = 0; k < L; ++k) {
-        if (k < n) store(out + ((k0 + k) * vectors + v) * L, square[k]);
-      }
-    }
-  }
-}
-
-template <class S, class W, int GATES>
-void pack_backward_panel(const Recurrence& a, const Panels& panels, int64_t head, int64_t panel) {
-  constexpr int L = LANES<Compute<S>>;
-  const int64_t width = panels.width_of(panel);
-  W* out = static_cast<W*>(a.packed) + head * panels.head_size() + panels.offset(panel);
-  for (int64_t gate = 0; gate < GATES; ++gate) {
-    for (int64_t unit = 0; unit < a.D; ++unit) {
-      const S* row = static_cast<const S*>(a.r) + gate * a.stride_r[0] + head * a.stride_r[1] + unit * a.stride_r[2];
-      for (int64_t w = 0; w < width; ++w, out += L) {
-        const int64_t column = (panel * panels.width + w) * L;
-        const int64_t n = a.D - column < L ? a.D - column : L;
-        store(out, n > 0 ? load(row + column, n) : Vector<Compute<S>>{});
-      }
-    }
-  }
-}
-
-// Workers [begin, end) pack their share of all heads' panels.
-template <class S, int GATES, bool BACKWARD>
-void pack(const Recurrence& a, const Panels& panels, int64_t begin, int64_t end) {
-  const int64_t items = a.H * panels.count();
-  for (int64_t item = items * begin / a.plan.workers; item < items * end / a.plan.workers; ++item) {
-    const int64_t head = item / panels.count(), panel = item % panels.count();
-    if constexpr (sizeof(S) == 2) {
-      if (a.plan.narrow_weights) {
-        if constexpr (BACKWARD) {
-          pack_backward_panel<S, S, GATES>(a, panels, head, panel);
-        } else {
-          pack_forward_panel<S, S, GATES>(a, panels, head, panel);
-        }
-        continue;
-      }
-    }
-    if constexpr (BACKWARD) {
-      pack_backward_panel<S, Compute<S>, GATES>(a, panels, head, panel);
-    } else {
-      pack_forward_panel<S, Compute<S>, GATES>(a, panels, head, panel);
-    }
-  }
-}
-
-// ---- very few rows: dot products with r as it lies, four rows of r at a time
-
-template <class Real>
-SEQOPS_INLINE Real horizontal_sum(Vector<Real> value) {
-  Real lanes[LANES<Real>];
-  store(lanes, value);
-#pragma GCC unroll 8
-  for (int half = LANES<Real> / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
-
-template <class S, int GATES>
-void dot_products(const Recurrence& a, int64_t head, int64_t unit0, int64_t vectors, int64_t rows,
-                  const Compute<S>* input, int64_t stride, Compute<S>* sums) {
-  using Real = Compute<S>;
-  constexpr int L = LANES<Real>, AT_ONCE = 4;
-  const int64_t n = a.D - unit0 < vectors * L ? a.D - unit0 : vectors * L;
-  for (int64_t gate = 0; gate < GATES; ++gate) {
-    const S* r = static_cast<const S*>(a.r) + gate * a.stride_r[0] + head * a.stride_r[1] + unit0 * a.stride_r[2];
-    for (int64_t unit = 0; unit < n; unit += AT_ONCE) {
-      const S* weights[AT_ONCE];
-      for (int i = 0; i < AT_ONCE; ++i) weights[i] = r + (unit + i < n ? unit + i : n - 1) * a.stride_r[2];
-      for (int64_t row = 0; row < rows; ++row) {
-        const Real* x = input + row * stride;
-        Vector<Real> sum[AT_ONCE] = {};
-        int64_t k = 0;
-        for (; k + L <= a.D; k += L) {
-#pragma GCC unroll 4
-          for (int i = 0; i < AT_ONCE; ++i) sum[i] += load(x + k) * load(weights[i] + k);
-        }
-        if (k < a.D) {
-          for (int i = 0; i < AT_ONCE; ++i) sum[i] += load(x + k, a.D - k) * load(weights[i] + k, a.D - k);
-        }
-        for (int i = 0; i < AT_ONCE && unit + i < n; ++i) {
-          sums[(row * GATES + gate) * vectors * L + unit + i] = horizontal_sum<Real>(sum[i]);
-        }
-      }
-    }
-  }
-}
 
 // ---- where a cell's units of one row and one step lie
 
@@ -213,7 +28,7 @@ struct Place {
   bool first, last;  // of this row's steps
   int64_t ahead;     // times from here to the step that comes next, +1 or -1: what it reads is prefetched
   int64_t pair_ahead;
-  Real* product_input;  // of this step: what the next product reads
+  void* product_input;  // of this step, in Input<S>: what the next product reads
 };
 
 template <class Real>
@@ -306,13 +121,14 @@ template <class Cell, class S>
 void run_forward(const Forward& a, int64_t begin, int64_t end) {
   using Real = Compute<S>;
   constexpr int L = LANES<Real>, G = Cell::GATES;
-  const Panels panels = {a.D, L, a.plan.panel_width, G, a.D};
+  const Panels panels = panels_of<S>(a, G, a.D);
   const Packed<S> weights = {a.packed, a.plan.narrow_weights};
   Team team(a.arrived, a.plan.workers, end - begin);
 
   if (!a.plan.unpacked) pack<S, G, false>(a, panels, begin, end);
-  Real* buffers = static_cast<Real*>(a.product_input);
-  const int64_t stride = product_stride(a.D, sizeof(Real));
+  Input<S>* buffers = static_cast<Input<S>*>(a.product_input);
+  const int64_t stride = product_stride(a.D, sizeof(Input<S>));
+  if (begin == 0) clear_odd_end<S>(buffers, 2 * a.H * a.B, stride, a.D);
   for (int64_t item = a.H * a.B * begin / a.plan.workers; item < a.H * a.B * end / a.plan.workers; ++item) {
     const int64_t head = item / a.B, position = item % a.B;
     const Real* h0 = static_cast<const Real*>(a.state[0]) + (a.rows[position] * a.H + head) * a.D;
@@ -322,37 +138,36 @@ void run_forward(const Forward& a, int64_t begin, int64_t end) {
   }
   team.wait();
 
-  for_each_step(a, panels, team, begin, end, false,
-                [&](int64_t head, int64_t panel, int64_t first, int64_t last, int64_t step) {
-                  const int64_t width = panels.width_of(panel), vectors = G * width, unit0 = panel * panels.width * L;
-                  const Real* input = buffers + ((step & 1) * a.H + head) * a.B * stride;
-                  Real* output = buffers + (((step + 1) & 1) * a.H + head) * a.B * stride;
-                  for_each_tile(first, running(a, first, last, step),
-                                a.plan.narrow_weights ? ROWS_OF[4] : ROWS_OF[vectors], [&](int64_t from, int64_t to) {
-                                  alignas(SEQOPS_VECTOR_BYTES) Real sums[MOST_SUMS * L];
-                                  const int64_t offset = head * panels.head_size() + panels.offset(panel);
-                                  const Real* x = input + from * stride;
-                                  if (a.plan.unpacked) {
-                                    dot_products<S, G>(a, head, unit0, width, to - from, x, stride, sums);
-                                  } else if constexpr (G > 1) {
-                                    weights.template multiply<G>(offset, to - from, x, stride, a.D, sums);
-                                  } else if (width == 1) {
-                                    weights.template multiply<1>(offset, to - from, x, stride, a.D, sums);
-                                  } else if (width == 2) {
-                                    weights.template multiply<2>(offset, to - from, x, stride, a.D, sums);
-                                  } else {
-                                    weights.template multiply<4>(offset, to - from, x, stride, a.D, sums);
-                                  }
-                                  for (int64_t position = from; position < to; ++position) {
-                                    for (int64_t w = 0; w < width && unit0 + w * L < a.D; ++w) {
-                                      const int64_t unit = unit0 + w * L;
-                                      Place<Real> at = place<Real>(a, position, step, head, unit, /*backward=*/false);
-                                      at.product_input = output + position * stride + unit;
-                                      Cell::template forward<S>(a, at, sums + ((position - from) * vectors + w) * L);
-                                    }
-                                  }
-                                });
-                });
+  for_each_step(
+      a, panels, team, begin, end, false, [&](int64_t head, int64_t panel, int64_t first, int64_t last, int64_t step) {
+        const int64_t width = panels.width_of(panel), vectors = G * width, unit0 = panel * panels.width * L;
+        const Input<S>* input = buffers + ((step & 1) * a.H + head) * a.B * stride;
+        Input<S>* output = buffers + (((step + 1) & 1) * a.H + head) * a.B * stride;
+        for_each_tile(first, running(a, first, last, step), weights.most_rows(vectors), [&](int64_t from, int64_t to) {
+          alignas(SEQOPS_VECTOR_BYTES) Real sums[MOST_SUMS * L];
+          const int64_t offset = head * panels.head_size() + panels.offset(panel);
+          const Input<S>* x = input + from * stride;
+          if (a.plan.unpacked) {
+            dot_products<S, G>(a, head, unit0, width, to - from, x, stride, sums);
+          } else if constexpr (G > 1) {
+            weights.template multiply<G>(offset, to - from, x, stride, a.D, sums);
+          } else if (width == 1) {
+            weights.template multiply<1>(offset, to - from, x, stride, a.D, sums);
+          } else if (width == 2) {
+            weights.template multiply<2>(offset, to - from, x, stride, a.D, sums);
+          } else {
+            weights.template multiply<4>(offset, to - from, x, stride, a.D, sums);
+          }
+          for (int64_t position = from; position < to; ++position) {
+            for (int64_t w = 0; w < width && unit0 + w * L < a.D; ++w) {
+              const int64_t unit = unit0 + w * L;
+              Place<Real> at = place<Real>(a, position, step, head, unit, /*backward=*/false);
+              at.product_input = output + position * stride + unit;
+              Cell::template forward<S>(a, at, sums + ((position - from) * vectors + w) * L);
+            }
+          }
+        });
+      });
 }
 
 // What every cell does with its new h.
@@ -360,7 +175,7 @@ template <class S>
 SEQOPS_INLINE void emit_h(const Forward& a, const Place<Compute<S>>& at, Vector<Compute<S>> h) {
   store(static_cast<Compute<S>*>(a.state[0]) + at.state, h, at.n);
   store(static_cast<S*>(a.h) + at.pair * at.values + at.lane0, h, at.n);
-  store(at.product_input, rounded<S>(h), at.n);
+  store(static_cast<Input<S>*>(at.product_input), rounded<S>(h), at.n);
 }
 
 // Entry `index` of `count` in a cache [B, T, count, H, D].
@@ -405,64 +220,64 @@ template <class Cell, class S>
 void run_backward(const Backward& a, int64_t begin, int64_t end) {
   using Real = Compute<S>;
   constexpr int L = LANES<Real>, G = Cell::GATES;
-  const Panels panels = {a.D, L, a.plan.panel_width, 1, G * a.D};
+  const Panels panels = panels_of<S>(a, 1, G * a.D);
   const Packed<S> weights = {a.packed, a.plan.narrow_weights};
   Team team(a.arrived, a.plan.workers, end - begin);
 
   pack<S, G, true>(a, panels, begin, end);
-  Real* buffers = static_cast<Real*>(a.product_input);
-  const int64_t depth = G * a.D, stride = product_stride(depth, sizeof(Real));
+  Input<S>* buffers = static_cast<Input<S>*>(a.product_input);
+  const int64_t depth = G * a.D, stride = product_stride(depth, sizeof(Input<S>));
+  if (begin == 0) clear_odd_end<S>(buffers, 2 * a.H * a.B, stride, depth);
   team.wait();
 
   for_each_step(
       a, panels, team, begin, end, true, [&](int64_t head, int64_t panel, int64_t first, int64_t last, int64_t step) {
         const int64_t width = panels.width_of(panel), unit0 = panel * panels.width * L;
-        const Real* following = buffers + (((step + 1) & 1) * a.H + head) * a.B * stride;
-        Real* current = buffers + ((step & 1) * a.H + head) * a.B * stride;
+        const Input<S>* following = buffers + (((step + 1) & 1) * a.H + head) * a.B * stride;
+        Input<S>* current = buffers + ((step & 1) * a.H + head) * a.B * stride;
         const int64_t summed = running(a, first, last, step + 1);  // rows that have a step after this one
         const int64_t present = step < 0 ? summed : running(a, first, last, step);
-        for_each_tile(
-            first, present, a.plan.narrow_weights ? ROWS_OF[4] : ROWS_OF[width], [&](int64_t from, int64_t to) {
-              alignas(SEQOPS_VECTOR_BYTES) Real sums[MOST_SUMS * L];
-              const int64_t offset = head * panels.head_size() + panels.offset(panel);
-              const int64_t rows = (to < summed ? to : summed) - from;
-              const Real* x = following + from * stride;
-              if (rows > 0) {
-                if (width == 1) {
-                  weights.template multiply<1>(offset, rows, x, stride, depth, sums);
-                } else if (width == 2) {
-                  weights.template multiply<2>(offset, rows, x, stride, depth, sums);
-                } else {
-                  weights.template multiply<4>(offset, rows, x, stride, depth, sums);
-                }
+        for_each_tile(first, present, weights.most_rows(width), [&](int64_t from, int64_t to) {
+          alignas(SEQOPS_VECTOR_BYTES) Real sums[MOST_SUMS * L];
+          const int64_t offset = head * panels.head_size() + panels.offset(panel);
+          const int64_t rows = (to < summed ? to : summed) - from;
+          const Input<S>* x = following + from * stride;
+          if (rows > 0) {
+            if (width == 1) {
+              weights.template multiply<1>(offset, rows, x, stride, depth, sums);
+            } else if (width == 2) {
+              weights.template multiply<2>(offset, rows, x, stride, depth, sums);
+            } else {
+              weights.template multiply<4>(offset, rows, x, stride, depth, sums);
+            }
+          }
+          for (int64_t position = from; position < to; ++position) {
+            for (int64_t w = 0; w < width && unit0 + w * L < a.D; ++w) {
+              const int64_t unit = unit0 + w * L;
+              Place<Real> at = place<Real>(a, position, step, head, unit, /*backward=*/true);
+              at.product_input = current + position * stride + unit;
+              // dstate[0] holds the final h's gradient until the row's last step, then what skips the product (GRU)
+              Vector<Real> e = {};
+              if (at.last) {
+                e = state<Real>(a.dstate, 0, at);
+              } else {
+                e = load(sums + ((position - from) * width + w) * L);
+                if constexpr (Cell::CARRIES) e += state<Real>(a.dstate, 0, at);
+                if (a.grad_clip >= 0) e = clamp<Real>(e, static_cast<Real>(a.grad_clip));
               }
-              for (int64_t position = from; position < to; ++position) {
-                for (int64_t w = 0; w < width && unit0 + w * L < a.D; ++w) {
-                  const int64_t unit = unit0 + w * L;
-                  Place<Real> at = place<Real>(a, position, step, head, unit, /*backward=*/true);
-                  at.product_input = current + position * stride + unit;
-                  // dstate[0] holds the final h's gradient until the row's last step, then what skips the product (GRU)
-                  Vector<Real> e = {};
-                  if (at.last) {
-                    e = state<Real>(a.dstate, 0, at);
-                  } else {
-                    e = load(sums + ((position - from) * width + w) * L);
-                    if constexpr (Cell::CARRIES) e += state<Real>(a.dstate, 0, at);
-                    if (a.grad_clip >= 0) e = clamp<Real>(e, static_cast<Real>(a.grad_clip));
-                  }
-                  if (step < 0) {
-                    set_state<Real>(a.dstate, 0, at, e);
-                    Cell::template finish<S>(a, at);
-                    continue;
-                  }
-                  if (a.dh != nullptr) {
-                    const S* dh = static_cast<const S*>(a.dh) + at.row * a.stride_dh[0] + at.time * a.stride_dh[1];
-                    e += load_and_prefetch(dh + head * a.stride_dh[2] + unit, at.n, at.ahead * a.stride_dh[1]);
-                  }
-                  Cell::template backward<S>(a, at, e);
-                }
+              if (step < 0) {
+                set_state<Real>(a.dstate, 0, at, e);
+                Cell::template finish<S>(a, at);
+                continue;
               }
-            });
+              if (a.dh != nullptr) {
+                const S* dh = static_cast<const S*>(a.dh) + at.row * a.stride_dh[0] + at.time * a.stride_dh[1];
+                e += load_and_prefetch(dh + head * a.stride_dh[2] + unit, at.n, at.ahead * a.stride_dh[1]);
+              }
+              Cell::template backward<S>(a, at, e);
+            }
+          }
+        });
       });
 }
 
@@ -475,7 +290,7 @@ SEQOPS_INLINE void emit_dwx(const Backward& a, const Place<Compute<S>>& at, int 
 // The gradient of gate `gate` of the product y.
 template <class S>
 SEQOPS_INLINE void emit_dy(const Backward& a, const Place<Compute<S>>& at, int gate, Vector<Compute<S>> value) {
-  store(at.product_input + gate * a.D, value, at.n);
+  store(static_cast<Input<S>*>(at.product_input) + gate * a.D, value, at.n);
 }
 
 // A state before this step: from the cache of the step before, or the initial one.

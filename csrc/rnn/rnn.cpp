@@ -251,18 +251,20 @@ class Run {
     for (int64_t i = 0; i < s.B; ++i) lengths_[i] = lengths[rows_[i]];
 
     const int64_t G = facts(cell).gates, gates = backward ? 1 : G, depth = backward ? G * s.D : s.D;
-    const ScalarType real = real_of(like.scalar_type());
-    const int64_t real_bytes = real == ScalarType::Double ? 8 : 4;
     const Tiles& tiles = *kernels_in_use().tiles;
-    plan_ = make_plan({s.B, s.T, s.H, s.D, gates, depth, static_cast<int64_t>(like.element_size()), real_bytes,
-                       team_size(), !backward},
+    const ScalarType dtype = like.scalar_type();
+    const bool pairs = tiles.bfloat16_pairs && dtype == ScalarType::BFloat16;
+    const int64_t lanes = dtype == ScalarType::Double ? tiles.lanes_double : tiles.lanes_float;
+    const int64_t input_bytes = pairs ? 2 : (dtype == ScalarType::Double ? 8 : 4);
+    plan_ = make_plan({s.B, s.T, s.H, s.D, gates, depth, lanes, input_bytes,
+                       /*may_stay_narrow=*/like.element_size() == 2 && !pairs, team_size(),
+                       /*may_be_unpacked=*/!backward},
                       tiles);
     if (!plan_.unpacked) {
-      const int64_t lanes = real_bytes == 8 ? tiles.lanes_double : tiles.lanes_float;
-      const Panels panels = {s.D, lanes, plan_.panel_width, gates, depth};
-      packed_ = Scratch(s.H * panels.head_size() * (plan_.narrow_weights ? 2 : real_bytes));
+      const Panels panels = {s.D, lanes, plan_.panel_width, gates, packed_depth(depth, pairs)};
+      packed_ = Scratch(s.H * panels.head_size() * (plan_.narrow_weights ? 2 : input_bytes));
     }
-    product_input_ = Scratch(2 * s.H * s.B * product_stride(depth, real_bytes) * real_bytes);
+    product_input_ = Scratch(2 * s.H * s.B * product_stride(depth, input_bytes) * input_bytes);
   }
 
   void fill(Recurrence& a, const Shape& s, bool reverse, bool time_is_first) {

@@ -61,7 +61,7 @@ struct Forward : Recurrence {
   void* state[MOST_STATES];  // h, c, n, m: [B, H, D] in Real; initial on entry, final on exit
   void* cache;               // [B, T, caches, H, D] in S, or null: what the backward reads
   void* cache_state;         // LSTM's c, GRU's y_n: [B, T, H, D] in S, or null
-  void* product_input;       // [2, H, B, D, padded] in Real: h of the previous and of this step, rounded to S
+  void* product_input;       // [2, H, B, D, padded]: h of the previous and of this step, rounded to S (type: Input<S>)
 };
 
 struct Backward : Recurrence {
@@ -77,7 +77,7 @@ struct Backward : Recurrence {
   double grad_clip;                  // negative: none
   void* dwx;                         // [B, T, G, H, D] in S
   void* dy;                          // GRU's gradient of y_n [B, T, H, D] in S
-  void* product_input;               // [2, H, B, G * D, padded] in Real: dy of the following and of this step
+  void* product_input;               // [2, H, B, G * D, padded]: dy of the following and of this step
 };
 
 // Workers [begin, end) of the plan.
@@ -108,14 +108,18 @@ struct Panels {
 
 // Elements between rows of the product's input: an odd number of cache lines, so that the rows of a tile do not compete
 // for the same few sets of the cache where depth is a power of two.
-SEQOPS_HOST_INLINE int64_t product_stride(int64_t depth, int64_t real_bytes) {
-  const int64_t line = 64 / real_bytes;
+SEQOPS_HOST_INLINE int64_t product_stride(int64_t depth, int64_t element_bytes) {
+  const int64_t line = 64 / element_bytes;
   return (((depth + line - 1) / line) | 1) * line;
 }
+
+// Length of packed sums: even where the product takes k in pairs.
+SEQOPS_HOST_INLINE int64_t packed_depth(int64_t depth, bool pairs) { return pairs ? (depth + 1) / 2 * 2 : depth; }
 
 // What the plan needs to know of an instruction set.
 struct Tiles {
   int lanes_float, lanes_double;
+  bool bfloat16_pairs;          // bfloat16 is multiplied as it is, in pairs along k
   int rows_of[MOST_GATES + 1];  // batch rows of one register tile, by vectors a row
 };
 

@@ -23,6 +23,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
+from .projection import project
+
 State = Tensor | tuple[Tensor, ...]
 
 # For each layer and direction weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; None for those that a module lacks.
@@ -267,7 +269,7 @@ class RNNBase(torch.nn.Module):
         G, H, D = self.gates, self.num_heads, self.hidden_size // self.num_heads
         # Of a contiguous x linear adds the bias inside the matrix product, else in a pass of its own.
         outer, inner, _ = x.shape
-        wx = functional.linear(x.contiguous(), weight_ih, bias_ih).view(outer, inner, G, H, D)
+        wx = project(x.contiguous(), weight_ih, bias_ih).view(outer, inner, G, H, D)
         if not batch_first:
             wx = wx.transpose(0, 1)
         B, T = (outer, inner) if batch_first else (inner, outer)

@@ -136,6 +136,9 @@ def backward_shapes(op: str, like: Tensor) -> tuple[Tensor, ...]:
 
 # ---- gradients of weights and bias
 
+# Where oneDNN multiplies bfloat16 it adds in float32: widening first would only cost time and memory.
+NATIVE_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 def previous_h(h: Tensor, h0: Tensor | None, lengths: Tensor | None, reverse: bool, time: int) -> Tensor:
     """h [.., T at dim `time`, .., H, D] one step earlier in the order of the recurrence, h0 at the first step."""
@@ -168,7 +171,8 @@ def weight_gradient(
     time = 1
     if time_first(h):  # go through memory in order
         time, h, dy = 0, h.transpose(0, 1), tuple(part.transpose(0, 1) for part in dy)
-    wide = validate.real_of(h.dtype)
+    native = NATIVE_BFLOAT16 and h.dtype == torch.bfloat16 and h.device.type == "cpu"
+    wide = h.dtype if native else validate.real_of(h.dtype)
     before = previous_h(h, h0, lengths, reverse, time).to(wide).reshape(pairs, heads, units)
     parts = []
     for part in dy:
