@@ -90,7 +90,7 @@ def test_every_operator_has_cases() -> None:
         for case in (Case(op_name, B=2, T=3, H=2, D=4),)
         for op, _, _ in recorded(case)
     }
-    assert called == registered()
+    assert called | {"seqops::project"} == registered()  # a module's operator, in test_projection.py
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)

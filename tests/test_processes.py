@@ -86,7 +86,13 @@ def test_import_brings_only_torch_and_ourselves(run_python: Callable[..., str]) 
 
 def test_missing_extension_says_how_to_build_it(run_python: Callable[..., str], tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "seqops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    script = "try: import seqops\nexcept ImportError as error: print(error)"
+    # an editable install would find the original extension for the copied package
+    script = (
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in str(getattr(f, '__module__', ''))]\n"
+        "try: import seqops\n"
+        "except ImportError as error: print(error)"
+    )
     assert run_python(script, folder=tmp_path, PYTHONPATH=str(tmp_path)) == (
         "seqops._C is not built for this Python and torch; "
         "build it with: pip install --no-build-isolation -e .  (or: make build)\n"

@@ -130,6 +130,16 @@ struct Packed {
   }
 };
 
+// Cuts rows [first, last) into tiles of at most `most`, of nearly equal size.
+template <class F>
+SEQOPS_INLINE void for_each_tile(int64_t first, int64_t last, int64_t most, const F& f) {
+  if (first == last) return;
+  const int64_t tiles = (last - first + most - 1) / most;
+  for (int64_t i = 0; i < tiles; ++i) {
+    f(first + (last - first) * i / tiles, first + (last - first) * (i + 1) / tiles);
+  }
+}
+
 // ---- packing: r[gate, head, unit, k] forward, r[gate, head, k, unit] backward -> [head][panel][k][gate][vector][lane]
 
 // Weights of one k (of k and k + 1, where they go in pairs) for vector `v` of a panel.
@@ -146,22 +156,22 @@ SEQOPS_INLINE void store_weights(W* panel, int64_t k, int64_t v, int64_t vectors
   }
 }
 
-template <class S, class W, int GATES>
-void pack_forward_panel(const Recurrence& a, const Panels& panels, int64_t head, int64_t panel) {
+// A panel of weights that lie [gate][unit][k], k dense.
+template <class S, class W>
+void pack_rows(const S* r, int64_t stride_gate, int64_t stride_unit, int64_t units, int64_t depth, const Panels& panels,
+               int64_t panel, W* out) {
   using Real = Compute<S>;
   constexpr int L = LANES<Real>, STEP = PAIRS<S> ? 2 : 1;
-  const int64_t width = panels.width_of(panel), vectors = GATES * width;
-  const S* r = static_cast<const S*>(a.r) + head * a.stride_r[1];
-  W* out = static_cast<W*>(a.packed) + head * panels.head_size() + panels.offset(panel);
-  for (int64_t k0 = 0; k0 < a.D; k0 += L) {
-    const int64_t n = a.D - k0 < L ? a.D - k0 : L;
+  const int64_t width = panels.width_of(panel), vectors = panels.gates * width;
+  for (int64_t k0 = 0; k0 < depth; k0 += L) {
+    const int64_t n = depth - k0 < L ? depth - k0 : L;
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t gate = v / width, unit0 = (panel * panels.width + v % width) * L;
       Vector<Real> square[L];  // units x k, then k x units
 #pragma GCC unroll 16
       for (int64_t lane = 0; lane < L; ++lane) {
-        const S* row = r + gate * a.stride_r[0] + (unit0 + lane) * a.stride_r[2] + k0;
-        square[lane] = unit0 + lane < a.D ? load(row, n) : Vector<Real>{};
+        const S* row = r + gate * stride_gate + (unit0 + lane) * stride_unit + k0;
+        square[lane] = unit0 + lane < units ? load(row, n) : Vector<Real>{};
       }
       transpose<Real>(square);
 #pragma GCC unroll 16
@@ -172,19 +182,19 @@ void pack_forward_panel(const Recurrence& a, const Panels& panels, int64_t head,
   }
 }
 
-template <class S, class W, int GATES>
-void pack_backward_panel(const Recurrence& a, const Panels& panels, int64_t head, int64_t panel) {
+// A panel of weights that lie [gate][k][unit], units dense; sums run over all gates' k.
+template <class S, class W>
+void pack_columns(const S* r, int64_t stride_gate, int64_t stride_k, int64_t gates, int64_t depth, int64_t units,
+                  const Panels& panels, int64_t panel, W* out) {
   using Real = Compute<S>;
   constexpr int L = LANES<Real>, STEP = PAIRS<S> ? 2 : 1;
-  const int64_t width = panels.width_of(panel), depth = GATES * a.D;
-  const S* r = static_cast<const S*>(a.r) + head * a.stride_r[1];
-  W* out = static_cast<W*>(a.packed) + head * panels.head_size() + panels.offset(panel);
+  const int64_t width = panels.width_of(panel);
   const auto weights = [&](int64_t k, int64_t column) {
-    const int64_t n = a.D - column < L ? a.D - column : L;
-    if (k >= depth || n <= 0) return Vector<Real>{};
-    return load(r + (k / a.D) * a.stride_r[0] + (k % a.D) * a.stride_r[2] + column, n);
+    const int64_t n = units - column < L ? units - column : L;
+    if (k >= gates * depth || n <= 0) return Vector<Real>{};
+    return load(r + (k / depth) * stride_gate + (k % depth) * stride_k + column, n);
   };
-  for (int64_t k = 0; k < depth; k += STEP) {
+  for (int64_t k = 0; k < gates * depth; k += STEP) {
     for (int64_t w = 0; w < width; ++w) {
       const int64_t column = (panel * panels.width + w) * L;
       const Vector<Real> at_k = weights(k, column);
@@ -197,10 +207,12 @@ template <class S, class W, int GATES, bool BACKWARD>
 void pack_panels(const Recurrence& a, const Panels& panels, int64_t from, int64_t to) {
   for (int64_t item = from; item < to; ++item) {
     const int64_t head = item / panels.count(), panel = item % panels.count();
+    const S* r = static_cast<const S*>(a.r) + head * a.stride_r[1];
+    W* out = static_cast<W*>(a.packed) + head * panels.head_size() + panels.offset(panel);
     if constexpr (BACKWARD) {
-      pack_backward_panel<S, W, GATES>(a, panels, head, panel);
+      pack_columns<S>(r, a.stride_r[0], a.stride_r[2], GATES, a.D, a.D, panels, panel, out);
     } else {
-      pack_forward_panel<S, W, GATES>(a, panels, head, panel);
+      pack_rows<S>(r, a.stride_r[0], a.stride_r[2], a.D, a.D, panels, panel, out);
     }
   }
 }

@@ -68,15 +68,6 @@ SEQOPS_INLINE int64_t running(const Recurrence& a, int64_t first, int64_t last, 
   return last;
 }
 
-template <class F>
-SEQOPS_INLINE void for_each_tile(int64_t first, int64_t last, int64_t most, const F& f) {
-  if (first == last) return;
-  const int64_t tiles = (last - first + most - 1) / most;
-  for (int64_t i = 0; i < tiles; ++i) {
-    f(first + (last - first) * i / tiles, first + (last - first) * (i + 1) / tiles);
-  }
-}
-
 // Calls body(head, panel, first row, last row, step) for every step of the work of workers [begin, end). Every other
 // step goes through the panels backwards: where the weights exceed a cache, those read last are still in it.
 template <class F>

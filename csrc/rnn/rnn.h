@@ -80,15 +80,6 @@ struct Backward : Recurrence {
   void* product_input;               // [2, H, B, G * D, padded]: dy of the following and of this step
 };
 
-// Workers [begin, end) of the plan.
-using ForwardKernel = void (*)(const Forward&, int64_t begin, int64_t end);
-using BackwardKernel = void (*)(const Backward&, int64_t begin, int64_t end);
-
-struct CellKernels {
-  ForwardKernel forward[STORAGES];
-  BackwardKernel backward[STORAGES];
-};
-
 // One head's units, cut into panels of `width` vectors: the columns that one pass of the product computes. The last
 // panel is as narrow as its units allow. Packed weights are [head][panel][k][gate][vector][lane], zero past the units.
 struct Panels {
@@ -113,6 +104,39 @@ SEQOPS_HOST_INLINE int64_t product_stride(int64_t depth, int64_t element_bytes) 
   return (((depth + line - 1) / line) | 1) * line;
 }
 
+// y[row, unit] = sum_k x[row, k] weight[unit, k] + bias[unit], float32 or float64.
+struct Projection {
+  int64_t rows, units, depth;
+  int64_t workers;
+  int64_t* arrived;
+  const void* x;  // [rows, depth], rows dense
+  int64_t stride_x;
+  const void* weight;             // [units, depth]
+  int64_t stride_unit, stride_k;  // one of them is 1
+  const void* bias;               // [units], or null: zeros
+  void* packed;                   // of `projection_panels`
+  void* y;                        // [rows, units]
+};
+
+SEQOPS_HOST_INLINE Panels projection_panels(int64_t units, int64_t lanes, int64_t depth) {
+  const int64_t vectors = (units + lanes - 1) / lanes;
+  return {units, lanes, vectors >= 4 ? 4 : (vectors >= 2 ? 2 : 1), 1, depth};
+}
+
+// Workers [begin, end) of the plan.
+using ForwardKernel = void (*)(const Forward&, int64_t begin, int64_t end);
+using BackwardKernel = void (*)(const Backward&, int64_t begin, int64_t end);
+using ProjectionKernel = void (*)(const Projection&, int64_t begin, int64_t end);
+
+struct CellKernels {
+  ForwardKernel forward[STORAGES];
+  BackwardKernel backward[STORAGES];
+};
+
+struct ProjectionKernels {
+  ProjectionKernel float32, float64;
+};
+
 // Length of packed sums: even where the product takes k in pairs.
 SEQOPS_HOST_INLINE int64_t packed_depth(int64_t depth, bool pairs) { return pairs ? (depth + 1) / 2 * 2 : depth; }
 
@@ -127,6 +151,7 @@ struct Tiles {
   namespace isa {                                                                   \
   extern const CellKernels lstm_kernels, gru_kernels, slstm_kernels, elman_kernels; \
   extern const Tiles rnn_tiles;                                                     \
+  extern const ProjectionKernels projection_kernels;                                \
   }
 SEQOPS_FOR_EACH_ISA(SEQOPS_DECLARE)
 #undef SEQOPS_DECLARE

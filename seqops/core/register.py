@@ -137,7 +137,7 @@ def _unless_reference(op: Operator, kernel: Callable[..., Any]) -> Callable[...,
     op_name = _name(op).partition("::")[2]
 
     def switch(*args: Any, **kwargs: Any) -> Any:
-        if backend.current() == "reference":
+        if backend.current() == "reference" and backend.reason_missing(op_name, "reference") is None:
             return backend.serve_python(op_name, *args, **kwargs)
         return kernel(*args, **kwargs)
 

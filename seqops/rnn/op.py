@@ -371,6 +371,32 @@ register_cell("slstm", slstm_save, slstm_formula)
 register_cell("elman", elman_save, elman_formula)
 
 
+# ---- the input projection of a module: linear, by the tiles of the recurrent product (float32 and float64, CPU only)
+
+
+def project_shapes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def project_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def project_formula(ctx: Any, saved: tuple[Any, ...], dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return None, None, None
+    x, weight = saved
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = ops.project(dy, weight.t()) if ctx.needs_input_grad[0] else None
+    dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+    dbias = rows.sum(0) if ctx.needs_input_grad[2] else None
+    return dx, dweight, dbias
+
+
+torch.library.register_fake("seqops::project", project_shapes, lib=backend.library)
+register.register_autograd(ops.project.default, save=project_save, backward=project_formula)
+
+
 # ---- public functions
 
 
