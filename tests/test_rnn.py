@@ -114,7 +114,7 @@ def test_reference_is_torch_nn(op: str, nonlinearity: str, reverse: bool) -> Non
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_reference_gradients_are_numerical(op: str) -> None:
-    case = Case(op, B=3, T=4, H=2, D=2, dtype=torch.float64, lengths=True, reverse=True)
+    case = Case(op, B=3, T=3, H=2, D=2, dtype=torch.float64, lengths=True, reverse=True)
     inputs = case.inputs()
     leaves = cases.differentiable(inputs)
     with torch.no_grad():  # finite differences of NaN are NaN
@@ -381,9 +381,10 @@ def test_nan_stays_in_its_row_and_head(op: str, nonlinearity: str, place: str) -
             inputs["h0"][row, head] = torch.nan
     got = results(case, inputs)
     assert got["0"][row, step:, head].isnan().all()
-    assert got["1"][row, head].isnan().all()
+    for state in range(1, 1 + len(cases.STATES[op])):
+        assert got[str(state)][row, head].isnan().all()
     assert got["dr"][:, head].isnan().any()
-    if nonlinearity == "tanh":  # where NaN > 0 is false, relu has no gradient
+    if nonlinearity == "tanh":  # relu passes the gradient on, whatever the value
         assert got["dwx"][row, step, :, head].isnan().all()
     for name, value in clean.items():
         heads = {"0": 2, "dwx": 3, "dr": 1, "db": 1}.get(name, 1)
@@ -395,6 +396,20 @@ def test_nan_stays_in_its_row_and_head(op: str, nonlinearity: str, place: str) -
         if name == "0":  # not before the step
             touched[:, :step] = False
         assert torch.equal(got[name][~touched], value[~touched]), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("op", "nonlinearity"), CELLS)
+def test_values_that_are_not_finite(op: str, nonlinearity: str, value: float) -> None:
+    """In one gate at the last step: every output is as infinite or as NaN as the reference's."""
+    case = Case(op, B=2, T=3, H=2, D=5, dtype=torch.float64, nonlinearity=nonlinearity)
+    for gate in range(cases.GATES[op]):
+        inputs = case.inputs()
+        with torch.no_grad():
+            inputs["wx"][1, 2, gate] = value
+            exact, got = reference_of(case)(**inputs), operator(case)(**inputs)
+        for position, expected in enumerate(exact):
+            assert cases.error(got[position], expected) <= case.tolerance(), f"output {position}, gate {gate}"
 
 
 @given(

@@ -28,7 +28,7 @@ struct Slstm {
       p[gate] = load(y + gate * LANES<Real>) + bias<S>(a, at, gate) + input_projection<S>(a, at, gate);
     }
     const Vector<Real> l = log_sigmoid<Real>(p[F]) + state<Real>(a.state, 3, at);
-    const Bits<Real> input_won = p[I] >= l;
+    const Bits<Real> input_won = (p[I] >= l) | (p[I] != p[I]);  // NaN on either side wins over numbers
     const Vector<Real> m = input_won ? p[I] : l;
     const Bits<Real> nothing = m == constant<Real>(-__builtin_inf());  // both are -inf: their difference would be NaN
     const Vector<Real> i = nothing ? Vector<Real>{} : exp<Real>(p[I] - m);
