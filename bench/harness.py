@@ -110,7 +110,7 @@ class Settings:
 
     def rounds(self, seconds: float) -> int:
         """How many rounds of this length are measured: enough for a spread, unless they would take minutes."""
-        fewest, most, wanted, limit = (3, 15, 0.7, 6.0) if self.quick else (7, 41, 5.0, 60.0)
+        fewest, most, wanted, limit = (3, 15, 0.6, 6.0) if self.quick else (7, 41, 5.0, 60.0)
         rounds = min(max(int(wanted / seconds), fewest), most)
         return max(1, min(rounds, int(limit / seconds)))
 

@@ -26,7 +26,7 @@ def strict_torch() -> Iterator[None]:
 def run_python() -> Callable[..., str]:
     """Runs a script in a fresh process and returns what it printed; a failure shows the same."""
 
-    def run(script: str, *arguments: str, folder: Path = ROOT, timeout: float = 120, **environment: str) -> str:
+    def run(script: str, *arguments: str, folder: Path = ROOT, timeout: float = 600, **environment: str) -> str:
         done = subprocess.run(
             [sys.executable, "-c", script, *arguments],
             cwd=folder,

@@ -173,7 +173,7 @@ def test_ratios_are_taken_inside_a_round() -> None:
 
 @pytest.mark.parametrize(
     ("quick", "seconds", "rounds"),
-    [(True, 1e-4, 15), (True, 0.09, 7), (True, 1, 3), (True, 2.5, 2), (True, 30, 1), (False, 1e-4, 41), (False, 3, 7)],
+    [(True, 1e-4, 15), (True, 0.08, 7), (True, 1, 3), (True, 2.5, 2), (True, 30, 1), (False, 1e-4, 41), (False, 3, 7)],
 )
 def test_rounds_follow_the_length_of_a_round(quick: bool, seconds: float, rounds: int) -> None:
     assert harness.Settings(quick=quick).rounds(seconds) == rounds

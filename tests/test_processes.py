@@ -61,7 +61,7 @@ def test_data_loader_workers(start: str) -> None:
     """The parent has used its thread pool: a forked child has none of those threads and must not wait for them."""
     torch.set_num_threads(2)
     expected = [Sequences()[index] for index in range(len(Sequences()))]
-    loader = DataLoader(Sequences(), batch_size=None, num_workers=1, multiprocessing_context=start, timeout=60)
+    loader = DataLoader(Sequences(), batch_size=None, num_workers=1, multiprocessing_context=start, timeout=300)
     for item, want in zip(loader, expected, strict=True):
         assert item["index"] == want["index"]
         assert torch.equal(item["h"], want["h"]) and torch.equal(item["dwx"], want["dwx"])

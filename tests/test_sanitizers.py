@@ -46,7 +46,7 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(run_python: Callable
     wrapper.chmod(0o755)
     folders = ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "objects")]
     environment = {"CXX": str(wrapper), "CXXFLAGS": FLAGS, "LDFLAGS": FLAGS, "MAX_JOBS": "2"}
-    run_python(BUILD, "build_ext", *folders, timeout=600, **environment)
+    run_python(BUILD, "build_ext", *folders, **environment)
     [extension] = (tmp_path / "seqops").glob("_C*.so")
     assert b"__asan_report" in extension.read_bytes() and b"__ubsan_handle" in extension.read_bytes()
     shutil.copytree(ROOT / "seqops", tmp_path / "seqops", ignore=shutil.ignore_patterns("*.so"), dirs_exist_ok=True)
@@ -55,7 +55,6 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(run_python: Callable
         *("-o", f"pythonpath={tmp_path}", "-m", "sanitize", "-k", "values_and_gradients or number_of_threads"),
         str(ROOT / "tests" / "test_rnn.py"),
         folder=tmp_path,
-        timeout=600,
         PYTHONPATH=str(tmp_path),
         LD_PRELOAD=f"{runtime(compiler, 'libasan.so')} {runtime(compiler, 'libstdc++.so')}",
         # Python and torch leave memory to the end of the process.

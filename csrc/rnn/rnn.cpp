@@ -4,31 +4,24 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../common/check.h"
-#include "../common/memory.h"
+#include "host.h"
 #include "plan.h"
 #include "rnn.h"
 
 namespace seqops {
 namespace {
 
-using Optional = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
-
 // ---- cells
 
 struct CellFacts {
   const char* name;
   int64_t gates;
-  int64_t states;
   const char* state_names[MOST_STATES];
   double state_defaults[MOST_STATES];
   int64_t caches;     // values a unit and step in `cache`
@@ -36,36 +29,13 @@ struct CellFacts {
 };
 
 constexpr CellFacts FACTS[] = {
-    {"lstm", 4, 2, {"h0", "c0"}, {0, 0}, 4, true},
-    {"gru", 3, 1, {"h0"}, {0}, 3, true},
-    {"slstm", 4, 4, {"h0", "c0", "n0", "m0"}, {0, 0, 0, -HUGE_VAL}, 7, false},
-    {"elman", 1, 1, {"h0"}, {0}, 0, false},
+    {"lstm", 4, {"h0", "c0"}, {0, 0}, 4, true},
+    {"gru", 3, {"h0"}, {0}, 3, true},
+    {"slstm", 4, {"h0", "c0", "n0", "m0"}, {0, 0, 0, -HUGE_VAL}, 7, false},
+    {"elman", 1, {"h0"}, {0}, 0, false},
 };
 
 const CellFacts& facts(Cell cell) { return FACTS[static_cast<int>(cell)]; }
-
-struct IsaKernels {
-  const CellKernels* cells[4];  // by Cell
-  const Tiles* tiles;
-  const ProjectionKernels* projection;
-};
-
-// The kernels of the instruction set in use.
-const IsaKernels& kernels_in_use() {
-#define SEQOPS_ROW(name)                                                                       \
-  case Isa::name: {                                                                            \
-    static const IsaKernels row = {                                                            \
-        {&name::lstm_kernels, &name::gru_kernels, &name::slstm_kernels, &name::elman_kernels}, \
-        &name::rnn_tiles,                                                                      \
-        &name::projection_kernels};                                                            \
-    return row;                                                                                \
-  }
-  switch (isa()) {
-    SEQOPS_FOR_EACH_ISA(SEQOPS_ROW)
-    default: throw std::runtime_error("rnn: no kernels for this instruction set");
-  }
-#undef SEQOPS_ROW
-}
 
 const CellKernels& kernels(Cell cell) { return *kernels_in_use().cells[static_cast<int>(cell)]; }
 
@@ -176,8 +146,6 @@ Tensor last_dimension_dense(const Tensor& t) {
   return t.stride(last) == 1 || t.size(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
-const void* data(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
-
 // A state in Real, contiguous, or nothing.
 Optional real_state(const Optional& t, ScalarType real) {
   if (!t) return t;
@@ -199,24 +167,6 @@ Tensor new_state(const Tensor& wx, const Shape& s, ScalarType real, const Option
   return state;
 }
 
-// Memory for the length of a call.
-class Scratch {
- public:
-  Scratch() = default;
-  explicit Scratch(int64_t bytes) : data_(std::aligned_alloc(ALIGNMENT, (bytes / ALIGNMENT + 1) * ALIGNMENT)) {
-    if (data_ == nullptr) throw std::runtime_error("rnn: out of memory");
-    prefer_huge_pages(data_.get(), bytes);
-  }
-  void* get() const { return data_.get(); }
-
- private:
-  static constexpr int64_t ALIGNMENT = 64;
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> data_;
-};
-
 // Bytes past a row's length, in every one of these sequences: zero.
 void clear_padding(std::initializer_list<Tensor> sequences, const std::vector<int64_t>& lengths) {
   for (const Tensor& t : sequences) {
@@ -234,14 +184,6 @@ void clear_padding(std::initializer_list<Tensor> sequences, const std::vector<in
 }
 
 // ---- running a recurrence
-
-// Workers meet at barriers, so parallel_for must run them at the same time. Torch's OpenMP backend does; its other
-// backend queues them on a pool that another call may occupy, and Python then allows one worker only.
-bool allow_teams = true;
-
-void set_allow_teams(bool allow) { allow_teams = allow; }
-
-int64_t team_size() { return allow_teams ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1; }
 
 // What both passes set up: the shape, rows sorted by length, the plan, the packed weights and the product's input.
 class Run {
@@ -461,59 +403,6 @@ BackwardResult backward(Cell cell, const BackwardInputs& in, const Optional& len
   return out;
 }
 
-// ---- the input projection
-
-Tensor project(const Tensor& x, const Tensor& weight, Optional bias) {
-  const char* op = "project";
-  const ScalarType dtype = x.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": x: expected float32 or float64, got ",
-        dtype_text(dtype));
-  check(x.dim() >= 1, op, ": x: expected at least 1 dimension [..., in], got shape ", shape_text(x));
-  check(weight.dim() == 2, op, ": weight: expected 2 dimensions [out, in], got shape ", shape_text(weight));
-  const int64_t depth = x.size(x.dim() - 1), units = weight.size(0);
-  check_device(op, "weight", weight, "x", x);
-  check_shape(op, "weight", weight, "[out, in]", {units, depth});
-  check(weight.scalar_type() == dtype, op, ": weight: expected x's dtype ", dtype_text(dtype), ", got ",
-        dtype_text(weight.scalar_type()));
-  if (bias) {
-    check_device(op, "bias", *bias, "x", x);
-    check_shape(op, "bias", *bias, "[out]", {units});
-    check(bias->scalar_type() == dtype, op, ": bias: expected x's dtype ", dtype_text(dtype), ", got ",
-          dtype_text(bias->scalar_type()));
-  }
-  const auto x_sizes = x.sizes();
-  Sizes sizes(x_sizes.begin(), x_sizes.end());
-  sizes.back() = units;
-  Tensor y = torch::stable::new_empty(x, sizes);
-  if (y.numel() == 0) return y;
-  prefer_huge_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
-
-  const Tensor dense_x = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  const bool dense_weight = weight.stride(0) == 1 || weight.stride(1) == 1;
-  const Tensor w = dense_weight ? weight : torch::stable::contiguous(weight);
-  const Optional dense_bias = bias ? Optional(torch::stable::contiguous(*bias)) : bias;
-  const Tiles& tiles = *kernels_in_use().tiles;
-  const bool wide = dtype == ScalarType::Double;
-  const Panels panels = projection_panels(units, wide ? tiles.lanes_double : tiles.lanes_float, depth);
-  const Scratch packed(panels.head_size() * (wide ? 8 : 4));
-  alignas(64) int64_t arrived = 0;
-  Projection a = {};
-  a.rows = y.numel() / units, a.units = units, a.depth = depth;
-  a.workers = std::min(team_size(), a.rows);
-  a.arrived = &arrived;
-  a.x = dense_x.const_data_ptr();
-  a.stride_x = depth;
-  a.weight = w.const_data_ptr();
-  a.stride_unit = w.stride(0), a.stride_k = w.stride(1);
-  a.bias = data(dense_bias);
-  a.packed = packed.get();
-  a.y = y.mutable_data_ptr();
-  const ProjectionKernels& kernels = *kernels_in_use().projection;
-  const ProjectionKernel kernel = wide ? kernels.float64 : kernels.float32;
-  torch::stable::parallel_for(0, a.workers, 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  return y;
-}
-
 // ---- operators
 
 std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& wx, const Tensor& r, Optional b, Optional h0, Optional c0,
@@ -609,8 +498,6 @@ std::tuple<Tensor, Tensor> elman_backward(Optional dh, Optional dh_n, const Tens
 
 // A schema that does not parse aborts the process at import: an import test covers these lines.
 STABLE_TORCH_LIBRARY_FRAGMENT(seqops, m) {
-  m.def("_allow_teams(bool allow) -> ()");
-  m.def("project(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("lstm" LSTM_INPUTS " -> (Tensor h, Tensor h_n, Tensor c_n)");
   m.def("lstm_forward" LSTM_INPUTS " -> (Tensor h, Tensor h_n, Tensor c_n, Tensor p, Tensor c)");
   m.def("lstm_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor r, Tensor p, Tensor c, Tensor? c0, *, " OPTIONS
@@ -631,12 +518,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqops, m) {
         ") -> (Tensor dwx, Tensor dh0)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seqops, CompositeExplicitAutograd, m) {
-  m.impl("_allow_teams", TORCH_BOX(&seqops::set_allow_teams));
-}
-
 STABLE_TORCH_LIBRARY_IMPL(seqops, CPU, m) {
-  m.impl("project", TORCH_BOX(&seqops::project));
   m.impl("lstm", TORCH_BOX(&seqops::lstm));
   m.impl("lstm_forward", TORCH_BOX(&seqops::lstm_forward));
   m.impl("lstm_backward", TORCH_BOX(&seqops::lstm_backward));
