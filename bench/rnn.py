@@ -343,10 +343,11 @@ BFLOAT16 = (
     "its rate. Without those instructions torch takes 4 to 9 times its float32 time: the goal was set against that."
 )
 DENSE = (
-    "With AVX-512 torch's oneDNN runs the whole layer at nine tenths of this machine's matrix product rate or more, so "
-    "little is left to gain; the goal was set on a processor where it did not. Of our step, the gradients of both "
-    "weights still go through the slower BLAS product."
+    "With AVX-512 torch's oneDNN runs the whole layer near this machine's matrix product rate at larger widths, so "
+    "little is left to gain; the goal was set on a processor with AVX2. Of our step, the gradients of both weights "
+    "still go through torch's BLAS product."
 )
+ONE_ROW = "With one row both sides stream the weights from the cache once a step."
 DENSE_CAUSES = {FORWARD: DENSE, TRAINING: DENSE}
 LOOP_CAUSES = {
     mode: "Activations take as long as the product at 64 units a head, and the goal's loop was slower than this one."
@@ -362,7 +363,7 @@ CASES = [
     make_case(module("lstm", 16, 256, 256), forward=1.0, training=1.5, causes=DENSE_CAUSES),
     make_case(module("lstm", 16, 256, 768), forward=1.0, training=1.1, causes=DENSE_CAUSES, check_steps=LARGE),
     make_case(module("lstm", 1, 256, 128), forward=1.2, training=1.3, modes=(FORWARD, TRAINING, INFERENCE)),
-    make_case(module("lstm", 1, 256, 768), forward=1.0, training=1.2, causes=DENSE_CAUSES, check_steps=LARGE),
+    make_case(module("lstm", 1, 256, 768), forward=1.0, training=1.2, causes={TRAINING: ONE_ROW}, check_steps=LARGE),
     make_case(module("lstm", 16, 256, 128, torch.bfloat16), forward=4, training=4, causes=BFLOAT16_CAUSES),
     make_case(module("lstm", 16, 256, 256, torch.bfloat16), forward=4, training=4, causes=BFLOAT16_CAUSES),
     make_case(
