@@ -1,8 +1,8 @@
-# Every target first makes what it needs: a virtual environment in .venv with the versions of requirements.txt, then
-# the compiled extension. A second run finds both up to date and starts at once.
+# Every target but gpu first makes what it needs: a virtual environment in .venv with the versions of requirements.txt,
+# then the compiled extension. A second run finds both up to date and starts at once.
 #
 #   PYTHON=python3.12 make test     another interpreter (for a new .venv)
-#   make demo ARGS="--steps 50"     arguments for the demo, the benchmark or pytest
+#   make demo ARGS="--steps 50"     arguments for the demo, the benchmarks or pytest
 
 PYTHON ?= python3
 ARGS ?=
@@ -12,11 +12,15 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 INSTALLED := $(VENV)/.installed
 EXTENSION := seqops/_C.abi3.so
+# The tests' own are 1 to 3; every number is another order of threads, warps and blocks.
+SCHEDULES ?= 4 5 6 7 8 9 10 11 12
+# Tests of the rooms that have CUDA kernels.
+SIMULATED := tests/test_scan.py
 SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-all lint format docs bench ci clean
+.PHONY: help setup build demo test test-all simulate offline lint format docs bench gpu ci clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -28,22 +32,33 @@ build: $(EXTENSION) ## Compile the extension and install seqops into .venv (edit
 demo: $(EXTENSION) ## Train a language model with seqops.nn.LSTM and torch.nn.LSTM side by side
 	@$(RUN) -m seqops.demo $(ARGS)
 
-test: lint docs ## Lint, docs and tests, under 8 minutes on 2 cores
+test: lint docs ## Lint, docs and tests, under 15 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(ARGS)
 
 test-all: lint docs ## The same with the slow tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not gpu" $(ARGS)
 
+simulate: $(EXTENSION) ## Run the CUDA kernels on the simulator, in other orders of threads than the tests do
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not gpu" tests/test_simulator.py
+	@set -e; for schedule in $(SCHEDULES); do \
+		echo "schedule $$schedule"; \
+		OMP_NUM_THREADS=1 SEQOPS_BACKEND=cuda SEQOPS_SIMULATE=$$schedule $(RUN) -m pytest -n 2 --quiet \
+			-m "small and not slow and not gpu" $(SIMULATED) $(ARGS); \
+	done
+
+offline: $(EXTENSION) ## Compile every GPU kernel for every architecture, and hold its resources
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not gpu" tests/test_offline.py $(ARGS)
+
 lint: $(READY) ## Check style: ruff and clang-format
 	@$(RUN) -m ruff check --quiet .
 	@$(RUN) -m ruff format --quiet --check .
-	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	@echo "style: clean"
 
 format: $(READY) ## Rewrite sources in that style
 	@$(RUN) -m ruff check --quiet --fix .
 	@$(RUN) -m ruff format .
-	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
+	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
 
 docs: $(EXTENSION) ## Build the site into site/ (a warning is an error)
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
@@ -51,6 +66,10 @@ docs: $(EXTENSION) ## Build the site into site/ (a warning is an error)
 
 bench: $(EXTENSION) ## Measure against torch.nn and write a report
 	@$(RUN) -m bench $(ARGS)
+
+# A machine with a GPU has its own torch, Triton and CuPy: its Python runs, and no environment is made.
+gpu: ## Build, test, sanitize and measure on this machine's GPU with its own Python, in under 10 minutes
+	@$(PYTHON) -m bench.gpu $(ARGS)
 
 ci: test ## What continuous integration runs
 
@@ -68,11 +87,15 @@ $(RUN):
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
-# torch by itself and not quietly: it is the one long download, and nothing after it may replace its version.
+# torch by itself and not quietly: it is the one long download, and nothing after it may replace its version. A CUDA
+# build of torch brings its own Triton and NVRTC.
 $(READY): requirements.txt pyproject.toml | $(RUN)
-	@$(RUN) -m pip install --disable-pip-version-check torch --constraint requirements.txt
+	@$(RUN) -m pip install --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
 	@echo "installing the pinned tools of requirements.txt"
-	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
+	@if [ -n "$$($(RUN) -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null)" ]; then \
+		grep -vE '^(triton|nvidia-cuda-nvrtc)==' requirements.txt; \
+	else cat requirements.txt; fi > $(VENV)/requirements.txt
+	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement $(VENV)/requirements.txt
 	@rm -f $(INSTALLED)
 	@touch $@
 

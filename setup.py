@@ -8,11 +8,14 @@ and LDFLAGS are honoured, e.g. for sanitizers.
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -53,6 +56,25 @@ class Build(BuildExtension):
         super().build_extension(extension)
 
 
+class Sources(build_py):
+    """CUDA kernels are compiled at first use (seqops/core/launch.py): a wheel carries their sources as seqops/csrc."""
+
+    def run(self):
+        super().run()
+        for source, target in self.cuda_sources().items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+    def get_outputs(self, include_bytecode=True):
+        return [*super().get_outputs(include_bytecode), *map(str, self.cuda_sources().values())]
+
+    def cuda_sources(self):
+        if self.editable_mode:  # they are found in the checkout
+            return {}
+        names = [*glob("csrc/*/*.cu"), *glob("csrc/*/*.h"), "csrc/common/simulator.cpp"]
+        return {name: Path(self.build_lib, "seqops", name) for name in names}
+
+
 def check_no_shared_code(objects, isa):
     """Fail the build when an object carries weak (mergeable) functions: see the note in csrc/common/isa.h."""
     symbols = subprocess.run(["nm", "-C", "--defined-only", *objects], capture_output=True, text=True, check=True)
@@ -73,6 +95,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "build_py": Sources},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

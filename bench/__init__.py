@@ -3,16 +3,22 @@
     python -m bench                    the whole suite; the table, then bench/results/latest.json and latest.html
     python -m bench --quick            fewer rounds, under two minutes
     python -m bench --op gru --list    which cases there are
+    python -m bench --device cuda      the cases that run on a GPU, by each backend there
     pytest bench -k "gru and D768"     the same suite through pytest-benchmark's own options
+    python -m bench.gpu                the GPU run: build, tests, sanitizers, benchmark (`make gpu`)
+    python -m bench.hardware           docs/hardware.md from the files that it writes
 
 | file | holds |
 |---|---|
 | `<room>.py` | the case table of one room: inputs, FLOPs, bytes, peers, goals |
 | `harness.py` | checking, interleaved timing, statistics, the rates of this machine |
+| `cuda.py` | timing and memory on a GPU |
 | `memory.py` | peak memory of a training step |
 | `suite.py`, `test_suite.py`, `conftest.py` | the pytest-benchmark suite made of the cases |
 | `record.py` | the JSON file of a run |
 | `tables.py`, `report.py` | terminal and Markdown tables; the HTML page |
+| `gpu.py`, `watch.py`, `lines.py` | the GPU run; the pytest plugin that keeps what its tests do; what both agree on |
+| `hardware.py` | which kernel passed on which GPU, and the page |
 
 A new room adds `bench/<room>.py` with a list `CASES`; it is found by the name of its package in `seqops`.
 """

@@ -49,9 +49,11 @@ class Reporter:
 
 def describe_result(result: record.Result) -> str:
     if result.error:
-        return f"{result.case}, {result.mode}: FAILED, {result.error}"
+        return f"{result.title}, {result.mode}: FAILED, {result.error}"
     ratios = [f"{tables.format_ratio(ratio['median'])} {peer}" for peer, ratio in result.ratios.items()]
-    return f"{result.case}, {result.mode}: " + ", ".join(ratios)
+    share = result.copy_fraction.get(harness.OURS)
+    ratios += [f"{share:.0%} of copy"] if share is not None else []
+    return f"{result.title}, {result.mode}: " + ", ".join(ratios)
 
 
 def select(cases: list[harness.Case], wanted: tuple[str, ...]) -> list[harness.Case]:
@@ -65,23 +67,32 @@ def select(cases: list[harness.Case], wanted: tuple[str, ...]) -> list[harness.C
     return [case for case in cases if not wanted or case.op in wanted]
 
 
-def require_cpu(device: str, cases: list[harness.Case]) -> None:
-    """Ends the program where the device cannot run the cases, saying why."""
-    if device == "cpu":
-        return
-    if not torch.cuda.is_available():
+def on_device(device: str, cases: list[harness.Case]) -> list[harness.Case]:
+    """The cases that run on a device. Ends the program, saying why, where there is no device or nothing to measure."""
+    if device == harness.CUDA and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: torch finds no CUDA device here")
-    from seqops.core import backend
+    cases = [case for case in cases if device in case.devices]
+    if not cases:
+        raise click.UsageError(f"--device {device}: no case of these operators runs there")
+    if device in harness.BACKENDS:
+        from seqops.core import backend
 
-    kernels = backend.table()
-    missing = sorted({case.op for case in cases if all(kernels[case.op][name] for name in ("triton", "cuda"))})
-    raise click.UsageError(f"--device cuda: no CUDA kernels to measure for {', '.join(missing)}")
+        for op in dict.fromkeys(case.op for case in cases if not harness.backends_for(case.op, device)):
+            reasons = "; ".join(
+                f"{name}: {backend.reason_missing(op, name, device)}" for name in harness.BACKENDS[device]
+            )
+            click.echo(f"left out: {op}: {reasons}", err=True)
+        cases = [case for case in cases if harness.backends_for(case.op, device)]
+        if not cases:
+            raise click.UsageError(f"--device {device}: no backend of these operators works here")
+    return cases
 
 
 def list_cases(cases: list[harness.Case]) -> None:
     for case in cases:
         for mode in case.modes:
             goals = [f"{peer} >= {goal:g}x" for (peer, of), goal in case.goals.items() if of == mode]
+            goals += [f"{case.copy_goals[mode]:g} of copy"] if mode in case.copy_goals else []
             click.echo(f"{case.op:<6} {case.name}, {mode}  [{', '.join(goals) or 'no goal'}]")
 
 
@@ -105,7 +116,7 @@ def list_cases(cases: list[harness.Case]) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Measure nothing; read this JSON file and write the table and reports from it.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--device", type=click.Choice(harness.DEVICES), default=harness.CPU, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of every contender. Default: all cores.")
 @click.option("--list", "only_list", is_flag=True, help="Print the cases and their goals, measure nothing.")
 def main(
@@ -140,12 +151,12 @@ def main(
         except ValueError as error:
             raise click.UsageError(f"--from: {error}") from None
     else:
-        cases = select(harness.load_cases(), ops)
-        require_cpu(device, cases)
+        cases = on_device(device, select(harness.load_cases(), ops))
         if only_list:
             return list_cases(cases)
-        found, problems = measure(cases, harness.Settings(**({"threads": threads} if threads else {}), quick=quick))
         json_path = json_path or RESULTS / "latest.json"
+        settings = harness.Settings(**({"threads": threads} if threads else {}), quick=quick, device=device)
+        found, problems = measure(cases, settings, json_path)
         html_path = html_path or (RESULTS / "latest.html" if can_plot else None)
 
     tables.print_record(found, Console())
@@ -166,10 +177,19 @@ def main(
         sys.exit(1)
 
 
-def measure(cases: list[harness.Case], settings: harness.Settings) -> tuple[record.Record, list[str]]:
-    """Runs the suite with a progress bar. Returns the record, and what went wrong outside of any case."""
+def measure(cases: list[harness.Case], settings: harness.Settings, path: Path) -> tuple[record.Record, list[str]]:
+    """Runs the suite with a progress bar. Returns the record, and what went wrong outside of any case.
+
+    On a GPU, where a run may be cut off, the record is also written after each result.
+    """
     reporter = Reporter()
-    measured = suite.Suite(cases, settings, reporter)
+
+    def report_and_keep(event: str, value: Any) -> None:
+        reporter(event, value)
+        if event == "result" and settings.device != harness.CPU and "rates" in vars(measured):
+            record.make_record(settings, measured.rates, measured.results).save(path)
+
+    measured = suite.Suite(cases, settings, report_and_keep)
     with reporter.progress:
         code = suite.run(measured)
     problems = measured.problems

@@ -2,15 +2,19 @@
 
 **Check.** Outputs, and for training gradients, are compared with the float64 reference on the same inputs. Float32 may
 differ by 1e-5 sqrt(T) relative RMS; a 16-bit dtype by 1.2 times the error of the first peer in that dtype, on the same
-inputs. A case that fails is not timed. Gradients of large cases are checked on the first `check_steps` steps, since the
-reference is a loop over time in float64; outputs are always checked over the whole length.
+inputs, or by the dtype's own spacing where there is no peer. A case that fails is not timed. Gradients of large cases
+are checked on the first `check_steps` steps, since the reference is a loop over time in float64; outputs are always
+checked over the whole length.
 
 **Time.** One round runs a block of calls of each contender in turn: peers, ours, peers, ours, ... A load that comes and
 goes therefore meets all of them, and a ratio is taken inside its round before the median is taken over rounds.
 pytest-benchmark times one function from its first round to its last, which lets such a load fall on one side only.
-So `benchmark.pedantic` drives the rounds and times ours, and its `setup` step runs and times the peers with the same
-clock: the suite keeps pytest-benchmark's options, statistics and files, and the rounds stay interleaved.
+So `benchmark.pedantic` drives the rounds and runs ours, and its `setup` step runs the peers, all by the same clock: the
+suite keeps pytest-benchmark's options, statistics and files, and the rounds stay interleaved.
 A block holds enough calls to last 2 ms, so that the clock and a cold start weigh little in calls of microseconds.
+
+**Devices.** A case says where it can run. On a GPU the clock is `bench/cuda.py`'s, and every backend of seqops that
+serves the operator there is checked and measured by itself.
 """
 
 import gc
@@ -20,7 +24,9 @@ import os
 import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -28,17 +34,25 @@ import numpy
 import torch
 from torch import Tensor
 
+CPU, CUDA = "cpu", "cuda"
+DEVICES = (CPU, CUDA)
+# The backends whose kernels run on a device; on the CPU there is nothing to choose.
+BACKENDS = {CUDA: ("cuda", "triton")}
+
 OURS = "seqops"
 REFERENCE = "reference"
 
 FORWARD = "forward"
 TRAINING = "forward+backward"
+BACKWARD = "backward"
 INFERENCE = "inference"
 MODES = {
     FORWARD: "under torch.no_grad()",
     TRAINING: "with gradients to the input, weights and biases",
+    BACKWARD: "gradients alone, again and again from one forward",
     INFERENCE: "under torch.inference_mode()",
 }
+WITH_GRADIENTS = (TRAINING, BACKWARD)
 
 BLOCK_SECONDS = 2e-3
 
@@ -48,7 +62,8 @@ class Contender:
     """One implementation, ready to run on the tensors of one case.
 
     Attributes:
-        run: computes every output, by name; the names and shapes are the same for all contenders of a case.
+        run: computes every output, by name; the names and shapes are the same for all contenders of a case. A yardstick
+            (see `Case`) may return nothing.
         leaves: the tensors that receive gradients, by name; the names are the same for all contenders of a case.
     """
 
@@ -68,10 +83,15 @@ class Case:
         steps: T.
         builders: name -> function of a number of steps that builds the contender with the same values as every other's.
             `seqops` and `reference` (float64) must be there; the rest are peers, the first of which sets the bound of
-            16-bit dtypes.
+            16-bit dtypes. On another device than the CPU the function is also given `device=`, and draws there.
         flops: mode -> floating-point operations of one call.
         bytes: mode -> bytes that one call has to move when everything is read and written once.
-        goals: (peer, mode) -> the ratio of times to reach.
+        devices: of `DEVICES`, those that the case can run on.
+        yardsticks: (name, mode) -> builder of something that moves the same bytes and computes something else. It is
+            timed as a peer is, by `run` without gradients, and its values are not looked at.
+        absent: peer -> why it cannot be measured on this machine.
+        goals: (peer or yardstick, mode) -> the ratio of times to reach.
+        copy_goals: mode -> the share of this device's copy rate to reach.
         causes: (peer, mode) -> why the goal is missed, where it is known to be missed.
         check_steps: T of the gradient check, where the whole length would take too long.
     """
@@ -81,17 +101,33 @@ class Case:
     shape: Mapping[str, int]
     dtype: torch.dtype
     steps: int
-    builders: Mapping[str, Callable[[int], Contender]]
+    builders: Mapping[str, Callable[..., Contender]]
     flops: Mapping[str, int]
     bytes: Mapping[str, int]
     modes: Sequence[str] = (FORWARD, TRAINING)
     goals: Mapping[tuple[str, str], float] = field(default_factory=dict)
     causes: Mapping[tuple[str, str], str] = field(default_factory=dict)
     check_steps: int | None = None
+    devices: Sequence[str] = (CPU,)
+    yardsticks: Mapping[tuple[str, str], Callable[..., Contender]] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    copy_goals: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def peers(self) -> list[str]:
         return [name for name in self.builders if name not in (OURS, REFERENCE)]
+
+    def build(self, name: str, steps: int, device: str = CPU) -> Contender:
+        return self._call(self.builders[name], steps, device)
+
+    def build_yardsticks(self, mode: str, device: str = CPU) -> dict[str, Contender]:
+        """Those of one mode, by name, over all steps."""
+        builders = {name: builder for (name, of), builder in self.yardsticks.items() if of == mode}
+        return {name: self._call(builder, self.steps, device) for name, builder in builders.items()}
+
+    @staticmethod
+    def _call(builder: Callable[..., Contender], steps: int, device: str) -> Contender:
+        return builder(steps) if device == CPU else builder(steps, device=device)
 
 
 @dataclass(frozen=True)
@@ -102,11 +138,13 @@ class Settings:
         threads: of torch, and so of every contender.
         quick: fewer rounds.
         memory: also measure the peak memory of training steps.
+        device: one of `DEVICES`.
     """
 
     threads: int = len(os.sched_getaffinity(0))
     quick: bool = False
     memory: bool = True
+    device: str = CPU
 
     def rounds(self, seconds: float) -> int:
         """How many rounds of this length are measured: enough for a spread, unless they would take minutes."""
@@ -141,7 +179,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does in this run: float32 FLOP/s of `torch.mm`, bytes/s (read and written) of `copy_`."""
+    """What this device does in this run: FLOP/s of `torch.mm`, and bytes/s, read and written, of a copy.
+
+    On the CPU the product is float32 and the copy goes to memory in use (`copy_`); on a GPU the product is bfloat16 and
+    the copy is a `clone`.
+    """
 
     gemm: float
     copy: float
@@ -155,22 +197,59 @@ def load_cases() -> list[Case]:
     return [case for name in found for case in import_module(name).CASES]
 
 
+def backends_for(op: str, device: str) -> list[str | None]:
+    """What to measure of an operator on a device: its backends there, or None alone for what torch dispatches to."""
+    if device not in BACKENDS:
+        return [None]
+    from seqops.core import backend
+
+    return [name for name in BACKENDS[device] if backend.reason_missing(op, name, device) is None]
+
+
+def forced(name: str | None) -> AbstractContextManager[None]:
+    """Forces one backend of seqops; does nothing for None."""
+    if name is None:
+        return nullcontext()
+    import seqops
+
+    return seqops.backend(name)
+
+
 def cotangents(outputs: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Random gradients of the outputs, the same for every contender: rounded to the storage dtype before they widen."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(o.shape, generator=generator).to(dtype).to(o.dtype) for o in outputs.values()]
+    gradients = []
+    for output in outputs.values():
+        if not gradients:
+            generator = torch.Generator(output.device).manual_seed(1)
+        drawn = torch.complex64 if output.is_complex() else torch.float32
+        gradient = torch.randn(output.shape, generator=generator, dtype=drawn, device=output.device)
+        rounded = gradient if drawn.is_complex or dtype.is_complex else gradient.to(dtype)
+        gradients.append(rounded.to(output.dtype))
+    return gradients
 
 
-def evaluate(case: Case, name: str, mode: str, steps: int, backward: bool = True) -> dict[str, Tensor]:
-    """Outputs of one contender in float64; when training also its gradients, as `d <leaf>`, unless not `backward`."""
-    contender = case.builders[name](steps)
-    with torch.set_grad_enabled(mode == TRAINING):
+def widen(value: Tensor) -> Tensor:
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+
+
+def evaluate(
+    case: Case,
+    name: str,
+    mode: str,
+    steps: int,
+    gradients: bool = True,
+    device: str = CPU,
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """Outputs of one contender in double precision, and in modes with `gradients` also these, as `d <leaf>`."""
+    contender = case.build(name, steps, device)
+    with torch.set_grad_enabled(mode in WITH_GRADIENTS), forced(backend):
         outputs = contender.run()
-    values = {name: output.detach().double() for name, output in outputs.items()}
-    if mode == TRAINING and backward:
-        leaves = tuple(contender.leaves.values())
-        gradients = torch.autograd.grad(list(outputs.values()), leaves, cotangents(outputs, case.dtype))
-        values |= {f"d {name}": gradient.double() for name, gradient in zip(contender.leaves, gradients, strict=True)}
+        values = {name: widen(output.detach()) for name, output in outputs.items()}
+        if mode in WITH_GRADIENTS and gradients:
+            leaves = tuple(contender.leaves.values())
+            found = torch.autograd.grad(list(outputs.values()), leaves, cotangents(outputs, case.dtype))
+            values |= {f"d {name}": widen(gradient) for name, gradient in zip(contender.leaves, found, strict=True)}
     return values
 
 
@@ -178,8 +257,9 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     """RMS of the difference over RMS of what is expected; infinite where shapes differ."""
     if value.shape != expected.shape:
         return math.inf
-    scale = expected.square().mean().sqrt().item()
-    return (value - expected).square().mean().sqrt().item() / (scale or 1.0)
+    root = math.sqrt(max(expected.numel(), 1))
+    scale = torch.linalg.vector_norm(expected).item() / root
+    return torch.linalg.vector_norm(value - expected).item() / root / (scale or 1.0)
 
 
 def compare(value: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
@@ -187,49 +267,99 @@ def compare(value: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict
     return {name: relative_error(value[name], e) if name in value else math.inf for name, e in expected.items()}
 
 
-def check(case: Case, mode: str) -> Check:
+def check(case: Case, mode: str, device: str = CPU, backend: str | None = None) -> Check:
     """Compares ours with the float64 reference: outputs over all steps, gradients over `case.check_steps`."""
-    short = case.check_steps if mode == TRAINING else None
+    short = case.check_steps if mode in WITH_GRADIENTS else None
     errors, bounds = {}, {}
-    for steps, backward in [(short, True), (case.steps, False)] if short else [(case.steps, True)]:
+    for steps, gradients in [(short, True), (case.steps, False)] if short else [(case.steps, True)]:
         # The reference's outputs are the same in all modes, and cheapest without a graph.
-        expected = evaluate(case, REFERENCE, mode if backward else FORWARD, steps)
-        found = compare(evaluate(case, OURS, mode, steps, backward), expected)
-        if case.dtype in (torch.bfloat16, torch.float16):
-            peer = compare(evaluate(case, case.peers[0], mode, steps, backward), expected)
+        expected = evaluate(case, REFERENCE, mode if gradients else FORWARD, steps, device=device)
+        found = compare(evaluate(case, OURS, mode, steps, gradients, device, backend), expected)
+        if case.dtype not in (torch.bfloat16, torch.float16):
+            allowed = dict.fromkeys(found, 1e-5 * math.sqrt(steps))
+        elif case.peers:
+            peer = compare(evaluate(case, case.peers[0], mode, steps, gradients, device), expected)
             allowed = {name: 1.2 * error for name, error in peer.items()}
         else:
-            allowed = dict.fromkeys(found, 1e-5 * math.sqrt(steps))
+            allowed = dict.fromkeys(found, torch.finfo(case.dtype).eps)
         errors |= {f"{name}, T={steps}": error for name, error in found.items()}
         bounds |= {f"{name}, T={steps}": bound for name, bound in allowed.items()}
     return Check(errors, bounds)
 
 
-def make_block(case: Case, contender: Contender, mode: str, calls: int) -> Callable[[], None]:
-    """A function that makes `calls` calls in one mode and keeps nothing."""
-    if mode == TRAINING:
-        leaves = tuple(contender.leaves.values())
-        gradients = cotangents(contender.run(), case.dtype)
+Block = Callable[[int], None]
 
-        def block() -> None:
-            for _ in range(calls):
-                torch.autograd.grad(tuple(contender.run().values()), leaves, gradients)
+
+def make_block(case: Case, contender: Contender, mode: str, backend: str | None = None) -> Block:
+    """A function that makes so many calls in one mode and keeps nothing."""
+    if mode in WITH_GRADIENTS:
+        leaves = tuple(contender.leaves.values())
+        with forced(backend):
+            outputs = contender.run()
+        gradients = cotangents(outputs, case.dtype)
+
+    if mode == BACKWARD:
+        roots = tuple(outputs.values())
+
+        def block(calls: int) -> None:
+            with forced(backend):
+                for _ in range(calls):
+                    torch.autograd.grad(roots, leaves, gradients, retain_graph=True)
+
+    elif mode == TRAINING:
+        del outputs
+
+        def block(calls: int) -> None:
+            with forced(backend):
+                for _ in range(calls):
+                    torch.autograd.grad(tuple(contender.run().values()), leaves, gradients)
 
     else:
         without_gradients = torch.no_grad if mode == FORWARD else torch.inference_mode
 
-        def block() -> None:
-            with without_gradients():
+        def block(calls: int) -> None:
+            with without_gradients(), forced(backend):
                 for _ in range(calls):
                     contender.run()
 
     return block
 
 
-def seconds_of(block: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    block()
-    return time.perf_counter() - start
+class Stopwatch:
+    """The clock of the CPU. Another device's has the same methods.
+
+    Attributes:
+        timing: how the times of a case were taken, for its result.
+    """
+
+    timing = "clock"
+
+    def running(self) -> AbstractContextManager[None]:
+        """Everything of a case is built and timed inside."""
+        return nullcontext()
+
+    def prepare(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
+        """The blocks in the form in which they are timed."""
+        return dict(blocks)
+
+    def seconds(self, block: Block, calls: int = 1) -> float:
+        """Time of so many calls in all."""
+        start = time.perf_counter()
+        block(calls)
+        return time.perf_counter() - start
+
+    def estimate(self, block: Block) -> float:
+        """About the time of a call. A long call is its own estimate; a short one's first is mostly the cold start."""
+        first = self.seconds(block)
+        return first if first > 0.2 else min(self.seconds(block) for _ in range(3))
+
+
+def make_stopwatch(device: str) -> Stopwatch:
+    if device == CPU:
+        return Stopwatch()
+    from bench import cuda
+
+    return cuda.Stopwatch()
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -244,12 +374,13 @@ def ratio_summary(ours: Sequence[float], peer: Sequence[float]) -> dict[str, flo
 
 
 def interleave(
-    blocks: Mapping[str, Callable[[], None]], benchmark: Any, rounds: int, warm_up: int = 1
+    runs: Mapping[str, Callable[[], float]], benchmark: Any, rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Runs rounds of all blocks.
+    """Runs rounds of all contenders.
 
     Args:
-        blocks: by contender; `seqops` is the one that pytest-benchmark times, last in each round.
+        runs: contender -> a function that runs its block and returns the seconds it took; `seqops` is the one that
+            pytest-benchmark calls, last in each round.
         benchmark: the `benchmark` fixture.
         rounds: at least 1.
         warm_up: rounds before them that are not counted.
@@ -257,67 +388,95 @@ def interleave(
     Returns:
         Seconds of each block in each round, by contender; empty where pytest-benchmark is disabled.
     """
-    peers = {name: block for name, block in blocks.items() if name != OURS}
-    times: dict[str, list[float]] = {name: [] for name in peers}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+
+    def run_ours() -> None:
+        times[OURS].append(runs[OURS]())
 
     def run_peers() -> None:
-        for name, block in peers.items():
-            times[name].append(seconds_of(block))
+        for name, run in runs.items():
+            if name != OURS:
+                times[name].append(run())
 
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        benchmark.pedantic(blocks[OURS], setup=run_peers, rounds=rounds, warmup_rounds=warm_up, iterations=1)
+        benchmark.pedantic(run_ours, setup=run_peers, rounds=rounds, warmup_rounds=warm_up, iterations=1)
     finally:
         if collecting:
             gc.enable()
     if benchmark.stats is None:
         return {}
-    return {OURS: list(benchmark.stats.stats.data), **{name: spent[-rounds:] for name, spent in times.items()}}
+    return {name: spent[-rounds:] for name, spent in times.items()}
 
 
-def measure(case: Case, mode: str, benchmark: Any, settings: Settings) -> tuple[dict[str, list[float]], dict[str, int]]:
+@dataclass(frozen=True)
+class Times:
+    """What `measure` found.
+
+    Attributes:
+        seconds: contender -> seconds of a call in each round.
+        calls: contender -> calls in a block.
+        timing: how they were taken.
+    """
+
+    seconds: dict[str, list[float]]
+    calls: dict[str, int]
+    timing: str
+
+
+def measure(case: Case, mode: str, benchmark: Any, settings: Settings, backend: str | None = None) -> Times:
     """Times all contenders. The values are not checked here.
 
     Args:
         mode: a key of `MODES`.
         benchmark: the `benchmark` fixture.
-
-    Returns:
-        Seconds of a call in each round, and the calls in a block, both by contender.
+        backend: which one serves ours, where the device has several.
     """
-    names = [*case.peers, OURS]
-    contenders = {name: case.builders[name](case.steps) for name in names}
-    single = {name: make_block(case, contenders[name], mode, 1) for name in names}
-    spent = {}
-    for name, block in single.items():
-        first = seconds_of(block)
-        # A long call is its own estimate; a short one's first call is mostly the cold start.
-        spent[name] = first if first > 0.2 else min(seconds_of(block) for _ in range(3))
-    calls = {name: max(1, math.ceil(BLOCK_SECONDS / spent[name])) for name in names}
-    blocks = {name: make_block(case, contenders[name], mode, calls[name]) for name in names}
-    seconds = sum(spent[name] * calls[name] for name in names)
-    # Long calls were warmed up by their estimate.
-    times = interleave(blocks, benchmark, settings.rounds(seconds), warm_up=int(seconds < 1))
-    return {name: [seconds / calls[name] for seconds in times[name]] for name in times}, calls
+    device, watch = settings.device, make_stopwatch(settings.device)
+    with watch.running():
+        blocks = {name: make_block(case, case.build(name, case.steps, device), mode) for name in case.peers}
+        for name, yardstick in case.build_yardsticks(mode, device).items():
+            blocks[name] = make_block(case, yardstick, FORWARD)
+        blocks[OURS] = make_block(case, case.build(OURS, case.steps, device), mode, backend)
+        blocks = watch.prepare(blocks)
+        spent = {name: watch.estimate(block) for name, block in blocks.items()}
+        calls = {name: max(1, math.ceil(BLOCK_SECONDS / spent[name])) for name in blocks}
+        runs = {name: partial(watch.seconds, block, calls[name]) for name, block in blocks.items()}
+        seconds = sum(spent[name] * calls[name] for name in blocks)
+        # Long calls were warmed up by their estimate.
+        times = interleave(runs, benchmark, settings.rounds(seconds), warm_up=int(seconds < 1))
+    return Times({name: [spent / calls[name] for spent in times[name]] for name in times}, calls, watch.timing)
 
 
-def measure_rates() -> Rates:
-    """This machine's float32 matrix product and copy, at torch's present number of threads: the best of 7 runs.
+def measure_rates(device: str = CPU) -> Rates:
+    """The device's matrix product and copy, on the CPU at torch's present number of threads: the best of 7 runs.
 
     A rate that others are measured by is a ceiling, hence no median.
     """
+    watch = make_stopwatch(device)
+
+    def least_seconds(call: Callable[[], object]) -> float:
+        def block(calls: int) -> None:
+            for _ in range(calls):
+                call()
+
+        with watch.running():
+            return min(watch.seconds(block) for _ in range(7))
+
+    if device != CPU:
+        size, dtype = 8192, torch.bfloat16
+        a, b, product = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(3))
+        source = torch.randn(1 << 28, device=device)  # 1 GiB
+        copy = 2 * source.nbytes / least_seconds(source.clone)
+        return Rates(2 * size**3 / least_seconds(lambda: torch.mm(a, b, out=product)), copy)
     # 2048: 34 MB in all, large enough to run at full rate, and a tenth of a second on one core.
     size = 2048
     a, b, product = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
     # 256 MB each, many times any cache.
     source = torch.ones(64 << 20)
     target = torch.zeros_like(source)
-
-    def least_seconds(block: Callable[[], object]) -> float:
-        return min(seconds_of(block) for _ in range(7))
-
     gemm = 2 * size**3 / least_seconds(lambda: torch.mm(a, b, out=product))
     copy = 2 * source.nbytes / least_seconds(lambda: target.copy_(source))
     return Rates(gemm, copy)

@@ -40,13 +40,13 @@ def reset_peak() -> None:
 
 def peak_of_step(case: harness.Case, name: str) -> int:
     """Bytes that one training step adds at its peak, measured in this process."""
-    harness.make_block(case, case.builders[name](min(WARM_UP_STEPS, case.steps)), harness.TRAINING, 1)()
-    contender = case.builders[name](case.steps)
-    step = harness.make_block(case, contender, harness.TRAINING, 1)
+    harness.make_block(case, case.build(name, min(WARM_UP_STEPS, case.steps)), harness.TRAINING)(1)
+    contender = case.build(name, case.steps)
+    step = harness.make_block(case, contender, harness.TRAINING)
     ctypes.CDLL(None).malloc_trim(0)
     before = read_status("VmRSS")
     reset_peak()
-    step()
+    step(1)
     return read_status("VmHWM") - before
 
 

@@ -28,6 +28,10 @@ class Result:
         gemm_fraction: contender -> FLOP/s over this machine's matrix product.
         copy_fraction: contender -> bytes/s over this machine's copy.
         memory: contender -> bytes that a training step adds at its peak.
+        backend: which one served ours, where the device has several.
+        timing: "clock" on the CPU; on a GPU "graph" or "events" (see `cuda.py`).
+        absent: peer -> why it could not be measured.
+        copy_goal: the share of the copy rate to reach.
     """
 
     case: str
@@ -44,6 +48,15 @@ class Result:
     gemm_fraction: dict[str, float] = field(default_factory=dict)
     copy_fraction: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    backend: str | None = None
+    timing: str = harness.Stopwatch.timing
+    absent: dict[str, str] = field(default_factory=dict)
+    copy_goal: float | None = None
+
+    @property
+    def title(self) -> str:
+        """The case, and the backend where there was a choice."""
+        return f"{self.case}, {self.backend}" if self.backend else self.case
 
 
 @dataclass
@@ -63,9 +76,17 @@ class Record:
         path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
 
 
+QUANTITIES = {"time": "time", "copy": "share of the copy rate", "memory": "memory of a step"}
+COPY = "copy"  # what a share of the copy rate is measured against
+
+
 @dataclass(frozen=True)
 class Miss:
-    """A goal that was not reached: `value` is below `goal` for a ratio of times, above it for memory."""
+    """A goal that was not reached: `value` is below `goal` for a ratio of times or of rates, above it for memory.
+
+    Attributes:
+        quantity: a key of `QUANTITIES`.
+    """
 
     result: Result
     peer: str
@@ -94,14 +115,16 @@ def load(path: Path) -> Record:
         raise ValueError(f"{path}: not a benchmark record: {error}") from None
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
+def describe_machine(threads: int, device: str = harness.CPU) -> dict[str, Any]:
     """Processor, cores, instruction sets, versions and the settings of the environment that change speed."""
     from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
 
     import seqops
 
     found = pytest_benchmark_generate_machine_info()
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == harness.CUDA else {}
     return {
+        **gpu,
         "cpu": found["cpu"].get("brand_raw", found["machine"]),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -125,8 +148,8 @@ def make_record(settings: harness.Settings, rates: harness.Rates, results: list[
     return Record(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit=describe_commit(),
-        machine=describe_machine(settings.threads),
-        settings={**asdict(settings), "device": "cpu"},
+        machine=describe_machine(settings.threads, settings.device),
+        settings=asdict(settings),
         rates=asdict(rates),
         results=results,
     )
@@ -151,4 +174,7 @@ def find_misses(record: Record) -> list[Miss]:
             ratio = memory_ratio(result, peer)
             if ratio is not None and ratio > 1:
                 misses.append(Miss(result, peer, "memory", ratio, 1.0, ""))
+        share = result.copy_fraction.get(harness.OURS)
+        if result.copy_goal is not None and share is not None and share < result.copy_goal:
+            misses.append(Miss(result, COPY, "copy", share, result.copy_goal, result.causes.get(COPY, "")))
     return misses

@@ -2,13 +2,14 @@
 
 import html
 import io
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import harness
-from bench.record import Record, Result, find_misses, memory_ratio
+from bench.record import QUANTITIES, Record, Result, find_misses, memory_ratio
 from bench.tables import MODE_TITLES, describe, format_bytes, format_ratio, format_seconds, summarise
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS_COLOUR = "#1f6feb"
-PEER_COLOURS = ("#8c959f", "#c9a227", "#7d5ba6")
+TORCH_NN_COLOUR = "#8c959f"
+PEER_COLOURS = ("#c9a227", "#7d5ba6", "#2f8f8b", "#b5552b")
 MET_COLOUR = "#2a8a4a"
 MISSED_COLOUR = "#cf3a3a"
 PLAIN_COLOUR = "#1f6feb"
@@ -88,7 +90,7 @@ def plot_ratios(results: Sequence[Result], mode: str) -> str:
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.xaxis.set_minor_formatter("")
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_yticks(range(len(rows)), [f"{result.case}  ({peer})" for result, peer in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{result.title}  ({peer})" for result, peer in rows], fontsize=8)
     return embed(figure)
 
 
@@ -98,11 +100,10 @@ def plot_points(
     """One row a case, one point a contender. `field` holds contender -> number or contender -> summary."""
     rows = [r for r in results if r.mode == mode and getattr(r, field)]
     names = list(dict.fromkeys(name for r in rows for name in getattr(r, field) if name != harness.OURS))
-    colours = {harness.OURS: OURS_COLOUR} | {
-        # nn.LSTM, nn.GRU and nn.RNN never share a row, and so share a colour.
-        name: PEER_COLOURS[0 if name.startswith("nn.") else 1 + (not name.endswith("step loop"))]
-        for name in names
-    }
+    # nn.LSTM, nn.GRU and nn.RNN never share a row, and so share a colour.
+    others = [name for name in names if not name.startswith("nn.")]
+    colours = dict.fromkeys(names, TORCH_NN_COLOUR) | {harness.OURS: OURS_COLOUR}
+    colours |= dict(zip(others, itertools.cycle(PEER_COLOURS)))
     figure, axes = start_plot(len(rows), title)
     labelled = set()
     for y, result in enumerate(rows):
@@ -117,7 +118,7 @@ def plot_points(
     axes.set_xscale(scale)
     axes.set_xlabel(label)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_yticks(range(len(rows)), [result.case for result in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [result.title for result in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     if scale == "linear":
         axes.set_xlim(left=0)
@@ -136,12 +137,26 @@ def make_table(head: Sequence[str], rows: Iterable[Sequence[str]], number_from: 
     return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def describe_seconds(seconds: dict[str, float]) -> str:
+    spread = f"{format_seconds(seconds['p20'])} – {format_seconds(seconds['p80'])}, {seconds['rounds']} rounds"
+    return f"{format_seconds(seconds['median'])}<br><small class=quiet>{spread}</small>"
+
+
+def describe_check(result: Result) -> str:
+    name = f"<br><small class=quiet>{html.escape(result.check['name'])}</small>"
+    return f"{result.check['error']:.1e} of {result.check['bound']:.1e}{name}"
+
+
 def make_rows(results: Iterable[Result]) -> Iterable[list[str]]:
     for result in results:
-        start = [html.escape(result.case), html.escape(MODE_TITLES[result.mode])]
+        start = [html.escape(result.title), html.escape(MODE_TITLES[result.mode])]
         if result.error:
             yield [*start, f'<span class="failed">failed, not timed: {html.escape(result.error)}</span>', *[""] * 8]
             continue
+        if not result.ratios:
+            seconds = result.seconds[harness.OURS]
+            shares = [f"{share[harness.OURS]:.1%}" for share in (result.gemm_fraction, result.copy_fraction)]
+            yield [*start, "", describe_seconds(seconds), "", "", "", *shares, "", describe_check(result)]
         for peer, ratio in result.ratios.items():
             goal = result.goals.get(peer)
             style = "" if goal is None else "met" if ratio["median"] >= goal else "missed"
@@ -150,19 +165,14 @@ def make_rows(results: Iterable[Result]) -> Iterable[list[str]]:
             yield [
                 *start,
                 html.escape(peer),
-                *(
-                    f"{format_seconds(s['median'])}<br><small class=quiet>{format_seconds(s['p20'])} – "
-                    f"{format_seconds(s['p80'])}, {s['rounds']} rounds</small>"
-                    for s in seconds
-                ),
+                *map(describe_seconds, seconds),
                 f'<span class="{style}">{format_ratio(ratio["median"])}</span><br>'
                 f"<small class=quiet>{ratio['p20']:.2f} – {ratio['p80']:.2f}</small>",
                 "" if goal is None else f"{goal:g}x",
                 f"{result.gemm_fraction[harness.OURS]:.1%} / {result.gemm_fraction[peer]:.1%}",
                 f"{result.copy_fraction[harness.OURS]:.1%} / {result.copy_fraction[peer]:.1%}",
                 " / ".join(format_bytes(result.memory[name]) for name in (harness.OURS, peer)) if memory else "",
-                f"{result.check['error']:.1e} of {result.check['bound']:.1e}"
-                f"<br><small class=quiet>{html.escape(result.check['name'])}</small>",
+                describe_check(result),
             ]
 
 
@@ -170,12 +180,12 @@ def missed_goals(record: Record) -> str:
     """The goals not reached, by how much, and the reason where one is known."""
     rows = [
         [
-            html.escape(miss.result.case),
+            html.escape(miss.result.title),
             html.escape(MODE_TITLES[miss.result.mode]),
             html.escape(miss.peer),
-            "time" if miss.quantity == "time" else "memory of a step",
+            QUANTITIES[miss.quantity],
             f'<span class="missed">{miss.value:.2f}</span>',
-            f"{'≥' if miss.quantity == 'time' else '≤'} {miss.goal:g}",
+            f"{'≤' if miss.quantity == 'memory' else '≥'} {miss.goal:g}",
             f"{abs(miss.value / miss.goal - 1):.0%}",
             html.escape(miss.cause or "not known yet"),
         ]

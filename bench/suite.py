@@ -17,10 +17,10 @@ from bench.record import Result
 
 
 class Suite:
-    """Parametrises `test_speed` with every case in every mode, and measures them.
+    """Parametrises `test_speed` with every case in every mode and backend, and measures them.
 
     Args:
-        cases: what to measure.
+        cases: what to measure, by each backend that the settings' device has for it.
         settings: how much.
         report: called with what happens: `("start", number of measurements)`, `("stage", text)`, `("result", Result)`.
     """
@@ -31,7 +31,12 @@ class Suite:
         settings: harness.Settings,
         report: Callable[[str, Any], None] = lambda event, value: None,
     ) -> None:
-        self.measurements = [(case, mode) for case in cases for mode in case.modes]
+        self.measurements = [
+            (case, mode, backend)
+            for case in cases
+            for backend in harness.backends_for(case.op, settings.device)
+            for mode in case.modes
+        ]
         self.settings = settings
         self.report = report
         self.results: list[Result] = []
@@ -43,11 +48,14 @@ class Suite:
         """Measured once, before the first case."""
         self.report("stage", "this machine's matrix product and copy")
         torch.set_num_threads(self.settings.threads)
-        return harness.measure_rates()
+        return harness.measure_rates(self.settings.device)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "measurement" in metafunc.fixturenames:
-            names = [f"{case.name} {mode}".replace(" ", "-") for case, mode in self.measurements]
+            names = [
+                " ".join(filter(None, (case.name, mode, backend))).replace(" ", "-")
+                for case, mode, backend in self.measurements
+            ]
             metafunc.parametrize("measurement", self.measurements, ids=names)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -65,12 +73,14 @@ class Suite:
     def pytest_internalerror(self, excrepr: Any) -> None:
         self.problems.append(str(excrepr))
 
-    def measure(self, case: harness.Case, mode: str, benchmark: Any) -> Result:
+    def measure(self, case: harness.Case, mode: str, backend: str | None, benchmark: Any) -> Result:
         """Checks, times and weighs one case in one mode; the result is also kept in `results`.
 
         Args:
+            backend: which one serves ours; None for what torch dispatches to.
             benchmark: pytest-benchmark's fixture.
         """
+        title = ", ".join(filter(None, (case.name, mode, backend)))
         result = Result(
             case=case.name,
             op=case.op,
@@ -79,18 +89,21 @@ class Suite:
             mode=mode,
             goals={peer: goal for (peer, of), goal in case.goals.items() if of == mode},
             causes={peer: cause for (peer, of), cause in case.causes.items() if of == mode},
+            backend=backend,
+            absent=dict(case.absent),
+            copy_goal=case.copy_goals.get(mode),
         )
         try:
             rates = self.rates
-            self.report("stage", f"{case.name}, {mode}: values")
-            self.check(result, case, mode)
+            self.report("stage", f"{title}: values")
+            self.check(result, case)
             if result.error is None:
-                self.report("stage", f"{case.name}, {mode}: time")
-                self.time(result, case, mode, benchmark, rates)
+                self.report("stage", f"{title}: time")
+                self.time(result, case, benchmark, rates)
                 if mode == harness.TRAINING and self.settings.memory:
-                    self.report("stage", f"{case.name}, {mode}: memory")
+                    self.report("stage", f"{title}: memory")
                     for name in (harness.OURS, *case.peers):
-                        result.memory[name] = self.processes.peak(case, name, self.settings.threads)
+                        result.memory[name] = self.weigh(case, name, backend)
         except Exception as error:
             # One broken case must not hide the others; the suite fails at its end all the same.
             result.error = f"{type(error).__name__}: {error}"
@@ -98,21 +111,30 @@ class Suite:
         self.report("result", result)
         return result
 
-    def check(self, result: Result, case: harness.Case, mode: str) -> None:
-        found = harness.check(case, mode)
+    def check(self, result: Result, case: harness.Case) -> None:
+        found = harness.check(case, result.mode, self.settings.device, result.backend)
         worst = max(found.errors, key=lambda name: found.errors[name] / (found.bounds[name] or 1.0))
         result.check = {"name": worst, "error": found.errors[worst], "bound": found.bounds[worst]}
         result.error = found.message
 
-    def time(self, result: Result, case: harness.Case, mode: str, benchmark: Any, rates: harness.Rates) -> None:
-        times, calls = harness.measure(case, mode, benchmark, self.settings)
-        for name, spent in times.items():
-            result.seconds[name] = {**harness.summary(spent), "rounds": len(spent), "calls": calls[name]}
+    def time(self, result: Result, case: harness.Case, benchmark: Any, rates: harness.Rates) -> None:
+        times = harness.measure(case, result.mode, benchmark, self.settings, result.backend)
+        result.timing = times.timing
+        for name, spent in times.seconds.items():
+            result.seconds[name] = {**harness.summary(spent), "rounds": len(spent), "calls": times.calls[name]}
             median = result.seconds[name]["median"]
-            result.gemm_fraction[name] = case.flops[mode] / median / rates.gemm
-            result.copy_fraction[name] = case.bytes[mode] / median / rates.copy
+            result.gemm_fraction[name] = case.flops[result.mode] / median / rates.gemm
+            result.copy_fraction[name] = case.bytes[result.mode] / median / rates.copy
             if name != harness.OURS:
-                result.ratios[name] = harness.ratio_summary(times[harness.OURS], spent)
+                result.ratios[name] = harness.ratio_summary(times.seconds[harness.OURS], spent)
+
+    def weigh(self, case: harness.Case, name: str, backend: str | None) -> int:
+        """Bytes that a training step of one contender adds at its peak."""
+        if self.settings.device == harness.CPU:
+            return self.processes.peak(case, name, self.settings.threads)
+        from bench import cuda
+
+        return cuda.peak_memory(case, name, backend if name == harness.OURS else None)
 
 
 def find(config: pytest.Config) -> Suite | None:

@@ -10,11 +10,16 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from bench import harness
-from bench.record import Record, Result, find_misses, memory_ratio
+from bench.record import QUANTITIES, Record, Result, find_misses, memory_ratio
 
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
-MODE_TITLES = {harness.FORWARD: "forward", harness.TRAINING: "forward + backward", harness.INFERENCE: "inference mode"}
+MODE_TITLES = {
+    harness.FORWARD: "forward",
+    harness.TRAINING: "forward + backward",
+    harness.BACKWARD: "backward alone",
+    harness.INFERENCE: "inference mode",
+}
 
 
 def format_seconds(seconds: float) -> str:
@@ -34,8 +39,8 @@ def format_bytes(size: int) -> str:
     return f"{megabytes:.0f} MB" if megabytes >= 9.5 else f"{megabytes:.1f} MB"
 
 
-def format_shares(shares: dict[str, float], peer: str) -> str:
-    return f"{shares[harness.OURS]:.0%} / {shares[peer]:.0%}".replace("%", "")
+def format_shares(shares: dict[str, float], peer: str | None) -> str:
+    return " / ".join(f"{shares[name]:.0%}" for name in (harness.OURS, peer) if name).replace("%", "")
 
 
 LEFT = ("case", "mode", "against")
@@ -44,13 +49,21 @@ NUMBERS = ("ours", "peer", "ratio", "goal", "20-80 %", "memory ours / peer", "GE
 SPARED = ("copy %", "GEMM %", "20-80 %", "memory ours / peer", "goal")
 
 
-def make_row(result: Result, peer: str) -> dict[str, str]:
-    """The cells of one case, mode and peer, by column; markup where the goal is met or missed."""
+def make_row(result: Result, peer: str | None) -> dict[str, str]:
+    """The cells of one case, mode and peer, by column; markup where the goal is met or missed. None: without a peer."""
+    if peer is None:
+        return {
+            "case": result.title,
+            "mode": result.mode,
+            "ours": format_seconds(result.seconds[harness.OURS]["median"]),
+            "GEMM %": format_shares(result.gemm_fraction, None),
+            "copy %": format_shares(result.copy_fraction, None),
+        }
     ratio, goal = result.ratios[peer], result.goals.get(peer)
     colour = "" if goal is None else "[green]" if ratio["median"] >= goal else "[red]"
     weighed = harness.OURS in result.memory and peer in result.memory
     return {
-        "case": result.case,
+        "case": result.title,
         "mode": result.mode,
         "against": peer,
         "ours": format_seconds(result.seconds[harness.OURS]["median"]),
@@ -73,11 +86,12 @@ def make_table(results: Iterable[Result], columns: Sequence[str], **style: objec
         table.add_column(title, justify="left" if title in LEFT else "right", no_wrap=title != "case")
     for result in results:
         if result.error:
-            failed = {"case": result.case, "mode": result.mode, "ours": "[red]FAILED"}
+            failed = {"case": result.title, "mode": result.mode, "ours": "[red]FAILED"}
             table.add_row(*(failed.get(title, "") for title in columns))
-        for peer in result.ratios:
-            row = make_row(result, peer)
-            table.add_row(*(row[title] for title in columns))
+        elif result.seconds:
+            for peer in result.ratios or (None,):
+                row = make_row(result, peer)
+                table.add_row(*(row.get(title, "") for title in columns))
     return table
 
 
@@ -102,11 +116,16 @@ def print_table(results: Sequence[Result], console: Console) -> None:
 def describe(record: Record) -> str:
     """One line on what was measured, where and when."""
     machine, commit = record.machine, record.commit
+    if "gpu" in machine:
+        product = f"matrix product {record.rates['gemm'] / 1e12:.0f} TFLOP/s (bfloat16)"
+        machine = {**machine, "cpu": f"{machine['gpu']}, {machine['cpu']}"}
+    else:
+        product = f"matrix product {record.rates['gemm'] / 1e9:.0f} GFLOP/s"
     changed = " with changes" if commit["dirty"] else ""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, kernels {machine['seqops_isa']}, "
         f"torch {machine['versions']['torch']} ({machine['torch_isa']}), Python {machine['versions']['python']}; "
-        f"matrix product {record.rates['gemm'] / 1e9:.0f} GFLOP/s, copy {record.rates['copy'] / 1e9:.0f} GB/s; "
+        f"{product}, copy {record.rates['copy'] / 1e9:.0f} GB/s; "
         f"commit {commit['id'][:10]}{changed}, {record.date[:10]}"
     )
 
@@ -114,8 +133,10 @@ def describe(record: Record) -> str:
 def summarise(record: Record) -> str:
     """How many goals were met."""
     failed = sum(result.error is not None for result in record.results)
-    goals = sum(len(result.goals) for result in record.results if not result.error)
-    missed = [miss for miss in find_misses(record) if miss.quantity == "time"]
+    timed = [result for result in record.results if not result.error]
+    # A goal against something that this machine lacks is neither met nor missed.
+    goals = sum(len(result.goals.keys() - result.absent.keys()) + (result.copy_goal is not None) for result in timed)
+    missed = [miss for miss in find_misses(record) if miss.quantity != "memory"]
     parts = [f"{goals - len(missed)} of {goals} goals met"]
     heavier = sum(miss.quantity == "memory" for miss in find_misses(record))
     if heavier:
@@ -131,12 +152,14 @@ def print_record(record: Record, console: Console) -> None:
         print_table(record.results, console)
     else:
         console.file.write(render(record.results))
-    lines = [f"failed: {result.case}, {result.mode}: {result.error}" for result in record.results if result.error]
+    lines = [f"failed: {result.title}, {result.mode}: {result.error}" for result in record.results if result.error]
+    absent = {(result.op, *pair) for result in record.results for pair in result.absent.items()}
+    lines += [f"absent: {op}, {peer}: {reason}" for op, peer, reason in sorted(absent)]
     for miss in find_misses(record):
-        what = "time" if miss.quantity == "time" else "memory of a step"
+        what = QUANTITIES[miss.quantity]
         cause = f": {miss.cause}" if miss.cause else ""
         lines.append(
-            f"missed: {miss.result.case}, {miss.result.mode}, {what} against {miss.peer}: "
+            f"missed: {miss.result.title}, {miss.result.mode}, {what} against {miss.peer}: "
             f"{miss.value:.2f} for {miss.goal:g}{cause}"
         )
     lines += [summarise(record), describe(record)]
@@ -144,13 +167,13 @@ def print_record(record: Record, console: Console) -> None:
 
 
 def markdown_cells(result: Result | None, peer: str) -> list[str]:
-    """Times and ratio of one mode; blank where it was not measured."""
+    """Times and ratio of one mode; blank where it was not measured. Without a peer, which is "", ours alone."""
     if result is None:
         return ["", ""]
     if result.error:
         return ["failed", ""]
     if peer not in result.ratios:
-        return ["", ""]
+        return ["" if peer else format_seconds(result.seconds[harness.OURS]["median"]), ""]
     ratio, goal = result.ratios[peer]["median"], result.goals.get(peer)
     times = " / ".join(format_seconds(result.seconds[name]["median"]) for name in (harness.OURS, peer))
     text = f"**{format_ratio(ratio)}**"
@@ -160,11 +183,11 @@ def markdown_cells(result: Result | None, peer: str) -> list[str]:
 
 
 def markdown_rows(results: Sequence[Result]) -> Iterator[list[str]]:
-    """One row for each case and peer, and one more for inference mode."""
-    cases = dict.fromkeys(result.case for result in results)
+    """One row for each case and peer, and one more for each mode that has no columns."""
+    cases = dict.fromkeys(result.title for result in results)
     for case in cases:
-        modes = {result.mode: result for result in results if result.case == case}
-        peers = dict.fromkeys(peer for result in modes.values() for peer in (*result.goals, *result.ratios))
+        modes = {result.mode: result for result in results if result.title == case}
+        peers = dict.fromkeys(peer for result in modes.values() for peer in (*result.goals, *result.ratios)) or [""]
         training = modes.get(harness.TRAINING)
         for peer in peers:
             ratio = training and memory_ratio(training, peer)
@@ -175,9 +198,9 @@ def markdown_rows(results: Sequence[Result]) -> Iterator[list[str]]:
                 cell for mode in (harness.FORWARD, harness.TRAINING) for cell in markdown_cells(modes.get(mode), peer)
             ]
             yield [case, peer, *cells, memory]
-            if harness.INFERENCE in modes:
-                cells = markdown_cells(modes[harness.INFERENCE], peer)
-                yield [f"{case}, inference mode", peer, *cells, "", "", ""]
+            for mode in (harness.BACKWARD, harness.INFERENCE):
+                if mode in modes and (modes[mode].error or not peer or peer in modes[mode].ratios):
+                    yield [f"{case}, {MODE_TITLES[mode]}", peer, *markdown_cells(modes[mode], peer), "", "", ""]
 
 
 def markdown_table(record: Record) -> str:

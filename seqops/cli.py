@@ -47,6 +47,11 @@ def _draw(report: dict[str, dict]) -> None:
         facts.add_row(device, described)
     if not report["gpus"]:
         facts.add_row("GPUs", "none that this torch can use")
+    kernels, cache = report["gpu_kernels"], report["cache"]
+    facts.add_row("CUDA kernels", kernels["launch"] or "can be launched")
+    facts.add_row("CUDA simulator", kernels["simulator"] or "takes CPU tensors")
+    facts.add_row("Triton interpreter", "on" if kernels["interpreter"] else "off")
+    facts.add_row("kernel cache", f"{cache['folder']}: {cache['files']} files, {cache['bytes'] / (1 << 20):.1f} MB")
     for name, value in report["environment"].items():
         facts.add_row(name, value)
     console.print(facts, highlight=False)

@@ -1,11 +1,16 @@
 """The benchmark's own promises: checked before timed, interleaved, ratios by round, files that can be read again."""
 
+import contextlib
 import html.parser
 import io
 import json
+import re
 import sys
-from functools import partial
+from collections.abc import Iterator
+from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,8 +21,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command
-from bench import harness, memory, record, report, rnn, suite, tables
-from bench.harness import FORWARD, INFERENCE, OURS, REFERENCE, TRAINING
+from bench import cuda, harness, memory, record, report, rnn, suite, tables
+from bench.harness import BACKWARD, FORWARD, INFERENCE, OURS, REFERENCE, TRAINING
+from seqops.core import backend
 
 FAST, SLOW = "fast peer", "slow peer"
 CALLS: list[str] = []
@@ -83,8 +89,8 @@ def make_case(
             OURS: partial(build, OURS, factor, gradient_factor, columns, dtype, size, breaks_at=breaks_at),
             REFERENCE: partial(build, REFERENCE, 3.0, 3.0, 1, torch.float64, size),
         },
-        flops={FORWARD: 10, TRAINING: 30, INFERENCE: 10},
-        bytes={FORWARD: 20, TRAINING: 60, INFERENCE: 20},
+        flops={FORWARD: 10, TRAINING: 30, BACKWARD: 20, INFERENCE: 10},
+        bytes={FORWARD: 20, TRAINING: 60, BACKWARD: 40, INFERENCE: 20},
         **options,
     )
 
@@ -151,15 +157,256 @@ def test_rounds_are_interleaved(plain_process: None) -> None:
 
 
 def test_every_mode_is_measured(plain_process: None) -> None:
-    code, measured = measure(make_case(modes=(FORWARD, TRAINING, INFERENCE), goals={(FAST, TRAINING): 2.0}))
+    modes = (FORWARD, TRAINING, BACKWARD, INFERENCE)
+    code, measured = measure(make_case(modes=modes, goals={(FAST, TRAINING): 2.0}))
     assert code == 0
-    assert [result.mode for result in measured.results] == [FORWARD, TRAINING, INFERENCE]
-    assert [result.goals for result in measured.results] == [{}, {FAST: 2.0}, {}]
+    assert [result.mode for result in measured.results] == [*modes]
+    assert [result.goals for result in measured.results] == [{}, {FAST: 2.0}, {}, {}]
     for result in measured.results:
         assert set(result.ratios) == {FAST, SLOW}
         assert set(result.seconds) == set(result.gemm_fraction) == set(result.copy_fraction) == {OURS, FAST, SLOW}
-        expected = {FORWARD: 10, TRAINING: 30, INFERENCE: 10}[result.mode] / result.seconds[OURS]["median"] / 1e9
+        expected = (
+            {FORWARD: 10, TRAINING: 30, BACKWARD: 20, INFERENCE: 10}[result.mode] / result.seconds[OURS]["median"] / 1e9
+        )
         assert result.gemm_fraction[OURS] == pytest.approx(expected)
+
+
+def test_backward_alone_runs_no_forward(plain_process: None) -> None:
+    code, measured = measure(make_case(modes=(BACKWARD,)))
+    assert code == 0 and measured.results[0].ratios
+    # Reference and ours for the check, and one forward each of ours and the two peers for all their backwards.
+    assert sorted(CALLS) == sorted([REFERENCE, OURS, FAST, SLOW, OURS])
+
+
+def build_yardstick(steps: int) -> harness.Contender:
+    x = torch.ones(steps)
+
+    def run() -> dict[str, Tensor]:
+        CALLS.append("yardstick")
+        return {"other": x + 1}
+
+    return harness.Contender(run, {})
+
+
+def test_a_yardstick_is_timed_and_not_compared(plain_process: None) -> None:
+    """In the modes that it is for."""
+    name, modes = "copy of the bytes", (FORWARD, TRAINING, BACKWARD)
+    yardsticks = {(name, mode): build_yardstick for mode in modes} | {("another mode's", INFERENCE): fail}
+    code, measured = measure(make_case(modes=modes, yardsticks=yardsticks, goals={(name, BACKWARD): 1e9}))
+    assert code == 0
+    for result in measured.results:
+        assert set(result.ratios) == {FAST, SLOW, name}
+    (miss,) = record.find_misses(make_record(*measured.results))
+    assert (miss.peer, miss.result.mode) == (name, BACKWARD)
+    assert CALLS.count("yardstick") >= 3 * measured.results[0].seconds[OURS]["rounds"]
+
+
+def test_a_case_without_peers_is_bounded_by_its_dtype(plain_process: None) -> None:
+    cases = [make_case(3.0 * error, dtype=torch.bfloat16, modes=(FORWARD,), op=f"by {error}") for error in (1, 1.02)]
+    for case in cases:
+        del case.builders[FAST], case.builders[SLOW]
+    code, measured = measure(*cases)
+    assert code == 1
+    right, wrong = measured.results
+    assert right.error is None and wrong.check["bound"] == torch.finfo(torch.bfloat16).eps
+    assert "y, T=4: 2.1e-02 > 7.8e-03" in wrong.error
+    # It has a row, and what is absent is said.
+    assert re.search(r"^\| by 1 B4 \|  \| [\d.]+ [µm]s \|  \|", tables.markdown_table(make_record(right)), re.MULTILINE)
+    assert re.search(r"by 1 B4 +forward +[\d.]+ [µm]s", tables.render([right]))
+    right.absent = {"a library": "it is not installed"}
+    target = io.StringIO()
+    tables.print_record(make_record(right), Console(file=target))
+    assert "absent: by 1, a library: it is not installed" in target.getvalue()
+
+
+def test_share_of_the_copy_rate_is_a_goal() -> None:
+    met, missed = make_result(copy_goal=0.5), make_result(copy_goal=0.8, causes={record.COPY: "too small"})
+    (miss,) = record.find_misses(make_record(met, missed))
+    assert (miss.quantity, miss.value, miss.goal, miss.cause) == ("copy", 0.5, 0.8, "too small")
+    assert tables.summarise(make_record(met, missed)) == "3 of 4 goals met"
+
+
+def test_complex_values_are_compared_whole(plain_process: None) -> None:
+    """An error in the imaginary part alone is one, and gradients of complex outputs are complex."""
+    values = torch.tensor([1 + 1j, 2 - 1j])
+    assert harness.relative_error(values, values.real + 0j) == pytest.approx((2 / 5) ** 0.5)
+    assert harness.widen(values.to(torch.complex64)).dtype == torch.complex128
+    (gradient,) = harness.cotangents({"h": values}, torch.complex64)
+    assert gradient.dtype == values.dtype and gradient.imag.abs().min() > 0
+
+
+class SlowWatch(harness.Stopwatch):
+    timing = "events"
+
+
+@pytest.fixture
+def stub_gpu(plain_process: None, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """A device called cuda that is the CPU, on which two backends serve everything; gives the backends forced."""
+    used: list[str | None] = []
+
+    @contextlib.contextmanager
+    def forced(name: str | None) -> Iterator[None]:
+        used.append(name)
+        monkeypatch.setattr(harness, "now_forced", name, raising=False)
+        yield
+        monkeypatch.setattr(harness, "now_forced", None)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Stub 9")
+    monkeypatch.setattr(harness, "make_stopwatch", lambda device: SlowWatch())
+    monkeypatch.setattr(backend, "reason_missing", lambda op, name, device: None if op == "scale" else f"no {name}")
+    monkeypatch.setattr(harness, "forced", forced)
+    return used
+
+
+def on_any_device(*arguments: object, device: str = "cpu", **options: object) -> harness.Contender:
+    CALLS.append(device)
+    return build(*arguments, **options)
+
+
+def gpu_case(**options: object) -> harness.Case:
+    case = make_case(modes=(FORWARD, TRAINING), **{"devices": ("cpu", "cuda"), **options})
+    for name, builder in case.builders.items():
+        case.builders[name] = partial(on_any_device, *builder.args, **builder.keywords)
+    return case
+
+
+def test_every_backend_of_a_device_is_measured(stub_gpu: list[str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    CALLS.clear()
+    settings = harness.Settings(threads=1, quick=True, memory=False, device="cuda")
+    measured = suite.Suite([gpu_case()], settings)
+    assert suite.run(measured) == 0
+    assert [(result.backend, result.mode) for result in measured.results] == [
+        ("cuda", FORWARD),
+        ("cuda", TRAINING),
+        ("triton", FORWARD),
+        ("triton", TRAINING),
+    ]
+    assert "cpu" not in CALLS and "cuda" in CALLS
+    assert {result.timing for result in measured.results} == {"events"}
+    assert [result.title for result in measured.results][::2] == ["scale B4, cuda", "scale B4, triton"]
+    # Peers and the reference are not forced.
+    assert {None, "cuda", "triton"} == set(stub_gpu)
+    found = record.make_record(settings, measured.rates, measured.results)
+    assert found.machine["gpu"] == "Stub 9" and found.settings["device"] == "cuda"
+    assert tables.describe(found).startswith("Stub 9, ") and "TFLOP/s (bfloat16)" in tables.describe(found)
+
+
+def test_a_backend_with_wrong_values_is_not_timed(stub_gpu: list[str | None]) -> None:
+    """The other one is."""
+    case = gpu_case()
+    right = case.builders[OURS]
+
+    def build_ours(steps: int, device: str) -> harness.Contender:
+        contender = right(steps, device=device)
+
+        def run() -> dict[str, Tensor]:
+            factor = 2.0 if harness.now_forced == "triton" else 1.0
+            return {name: factor * output for name, output in contender.run().items()}
+
+        return harness.Contender(run, contender.leaves)
+
+    case.builders[OURS] = build_ours
+    measured = suite.Suite([case], harness.Settings(threads=1, quick=True, memory=False, device="cuda"))
+    assert suite.run(measured) == 1
+    for result in measured.results:
+        assert (result.error is None) == (result.backend == "cuda") == bool(result.seconds)
+
+
+def test_command_on_a_gpu_keeps_each_result(
+    stub_gpu: list[str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What no backend serves is left out with the reasons; the file grows with each result."""
+    monkeypatch.setattr(cuda, "peak_memory", lambda case, name, backend: 8 << 20)
+    monkeypatch.setattr(suite.Suite, "rates", cached_property(lambda self: harness.Rates(1e14, 1e12)))
+    suite.Suite.rates.__set_name__(suite.Suite, "rates")
+    sizes = []
+    save = record.Record.save
+
+    def count(self: record.Record, path: Path) -> None:
+        sizes.append(len(self.results))
+        save(self, path)
+
+    monkeypatch.setattr(record.Record, "save", count)
+    cases = [gpu_case(), gpu_case(op="other"), make_case(op="cpu only")]
+    code, output = run_command(monkeypatch, cases, "--device=cuda", "--quick", f"--json={tmp_path / 'run.json'}")
+    assert code == 0
+    assert sizes == [1, 2, 3, 4, 4]
+    assert "left out: other: cuda: no cuda; triton: no triton" in output and "cpu only" not in output
+    assert record.load(tmp_path / "run.json").results[1].memory == dict.fromkeys((OURS, FAST, SLOW), 8 << 20)
+    code, output = run_command(monkeypatch, [make_case()], "--device=cuda")
+    assert code == 2 and "--device cuda: no case of these operators runs there" in output
+    code, output = run_command(monkeypatch, [gpu_case(op="other")], "--device=cuda")
+    assert code == 2 and "--device cuda: no backend of these operators works here" in output
+
+
+class StubEvent:
+    """Writes into a log when it is recorded; the n-th pair is n milliseconds apart."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.log.append("event")
+
+    def elapsed_time(self, end: "StubEvent") -> float:
+        self.log.append("read")
+        return float(self.log.count("read"))
+
+
+@pytest.fixture
+def stub_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In place of torch in bench/cuda.py; gives the log of what was done on the GPU."""
+    log = StubEvent.log = []
+
+    @contextlib.contextmanager
+    def graph(graph: object, stream: object) -> Iterator[None]:
+        log.append("capture")
+        yield
+
+    gpu = SimpleNamespace(
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=50 << 20),
+        current_device=lambda: 0,
+        Stream=object,
+        Event=StubEvent,
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: log.append("replay")),
+        graph=graph,
+        synchronize=lambda: log.append("wait"),
+    )
+    stub = SimpleNamespace(
+        int32=torch.int32,
+        zeros=lambda size, **options: log.append(f"buffer of {4 * size >> 20} MB"),
+        empty=lambda *size, **options: None,
+        amax=lambda *arguments, **options: log.append("flush"),
+        cuda=gpu,
+    )
+    monkeypatch.setattr(cuda, "torch", stub)
+    return log
+
+
+def test_calls_on_a_gpu_are_cold_and_timed_one_by_one(stub_torch: list[str]) -> None:
+    watch = cuda.Stopwatch()
+    assert stub_torch == ["buffer of 200 MB"]
+    stub_torch.clear()
+    assert watch.seconds(lambda calls: stub_torch.append(f"call {calls}"), 2) == pytest.approx(3e-3)
+    assert stub_torch == [*["flush", "event", "call 1", "event"] * 2, "wait", "read", "read"]
+
+
+def test_graphs_are_timed_where_all_can_be_captured(stub_torch: list[str]) -> None:
+    watch = cuda.Stopwatch()
+    stub_torch.clear()
+    prepared = watch.prepare({OURS: lambda calls: stub_torch.append(f"call {calls}")})
+    assert stub_torch == ["call 2", "capture", "call 1"] and watch.timing == "graph"
+    prepared[OURS](1)
+    assert stub_torch[-1] == "replay"
+
+    def synchronise(calls: int) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    blocks = {FAST: synchronise, OURS: prepared[OURS]}
+    assert watch.prepare(blocks) == blocks and watch.timing == "events"
 
 
 def test_ratios_are_taken_inside_a_round() -> None:
@@ -429,13 +676,17 @@ def test_command_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_case_tables_are_consistent() -> None:
     cases = harness.load_cases()
-    assert {case.op for case in cases} == {"lstm", "gru", "slstm", "elman"}
+    assert {"lstm", "gru", "slstm", "elman"} <= {case.op for case in cases}
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
-        assert {OURS, REFERENCE} < set(case.builders)
+        assert {OURS, REFERENCE} <= set(case.builders)
+        assert case.devices and set(case.devices) <= set(harness.DEVICES)
+        assert not set(case.absent) & set(case.builders)
+        timed = {*case.builders, *case.absent, *(name for name, _ in case.yardsticks)}
+        assert {mode for _, mode in case.yardsticks} | set(case.copy_goals) <= set(case.modes)
         assert set(case.modes) == set(case.flops) == set(case.bytes) <= set(harness.MODES)
         for peer, mode in (*case.goals, *case.causes):
-            assert peer in case.peers and mode in case.modes
+            assert peer in timed | {record.COPY} and mode in case.modes
         assert case.check_steps is None or case.check_steps < case.steps
 
 

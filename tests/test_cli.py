@@ -13,7 +13,7 @@ from terminal import run_in_terminal
 
 import seqops
 from seqops.cli import main
-from seqops.core import backend, info
+from seqops.core import backend, info, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -53,6 +53,39 @@ def test_report_says_what_is_in_use(monkeypatch):
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert report["cpu"]["parallel_backend"] in ("OpenMP", "native thread pool")
     assert len(report["gpus"]) == torch.cuda.device_count()
+
+
+def test_report_says_how_gpu_kernels_can_run(monkeypatch, tmp_path):
+    """The simulator and the interpreter are on where their variables say so, and the cache is the one they name."""
+    for name in ("SEQOPS_SIMULATE", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SEQOPS_CACHE", str(tmp_path / "none yet"))
+    report = info.collect("1.2.3")
+    assert "SEQOPS_SIMULATE is not set" in report["gpu_kernels"]["simulator"]
+    assert report["gpu_kernels"]["interpreter"] is False
+    assert report["gpu_kernels"]["launch"] == launch.reason_missing()
+    assert report["cache"] == {"folder": str(tmp_path / "none yet"), "files": 0, "bytes": 0}
+    for name, size in (("a.cubin", 1000), ("b.so", 24), ("a.cubin.lock", 7)):
+        (tmp_path / name).write_bytes(bytes(size))
+    given = {"SEQOPS_SIMULATE": "2", "SEQOPS_CACHE": str(tmp_path), "TRITON_INTERPRET": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    report = info.collect("1.2.3")
+    assert report["gpu_kernels"]["simulator"] == launch.reason_not_simulated()
+    assert report["gpu_kernels"]["interpreter"] is True
+    assert report["cache"] == {"folder": str(tmp_path), "files": 2, "bytes": 1024}
+    assert given.items() <= report["environment"].items()
+    shown = invoke("info").output
+    assert re.search(r"^Triton interpreter +on", shown, re.MULTILINE)
+    assert re.search(rf"^kernel cache +{re.escape(str(tmp_path))}: 2 files, 0\.0 MB", shown, re.MULTILINE)
+
+
+def test_versions_are_looked_up_without_importing():
+    """NVRTC, CuPy and Triton are named, installed or not."""
+    code = "import sys; from seqops.core import info; info.collect('1'); print({'cupy', 'triton'} & {*sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.stdout.strip() == "set()", result.stderr
+    assert {"triton", "cupy", "nvrtc"} <= set(info.collect("1.2.3")["versions"])
 
 
 def test_operators_that_work_on_the_cpu_say_so():

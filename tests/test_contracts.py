@@ -1,6 +1,7 @@
 """What every operator promises to the rest of torch: dispatcher, autograd, torch.func, compile, export, backends."""
 
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,13 +9,12 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case, params
+from cases import Case, example, params, rnn, scan
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqops
 from seqops.core import backend as backends
-from seqops.rnn import reference
 
 SECOND = "seqops::{}: second derivatives are not supported; seqops.backend('reference') computes them"
 FORWARD = "seqops::{} has no forward-mode derivative; use reverse mode (torch.func.grad, vjp, jacrev)"
@@ -26,8 +26,22 @@ def registered() -> set[str]:
     return {name for name in names if "Tensor" in str(getattr(torch.ops.seqops, name[8:]).default._schema)}
 
 
-def operator(case: Case) -> Callable[..., tuple[Tensor, ...]]:
-    return getattr(seqops, case.op)
+def with_options(*choices: tuple[str, dict[str, Any]]) -> list[Any]:
+    """Operators with the options of a case, as parameters named after both."""
+    return [pytest.param(op, options, id="-".join([op, *map(str, options.items())])) for op, options in choices]
+
+
+def every(operators: tuple[str, ...], *options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [*itertools.product(operators, options)]
+
+
+PACKED = {"B": 1, "T": 7, "packed": True}
+# Every way of an operator to treat its arguments apart.
+VARIANTS = with_options(
+    *every(rnn.OPERATORS, {"lengths": True, "reverse": True, "grad_clip": 0.3}),
+    *every(scan.OPERATORS, {}, {"reverse": True}, PACKED),
+    *every(("linear_scan",), {"gate": "B1"}, {"gate": ""}, {"gate": "T0", **PACKED}),
+)
 
 
 class Recorder(TorchDispatchMode):
@@ -46,20 +60,26 @@ class Recorder(TorchDispatchMode):
 def recorded(case: Case) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """The calls that inference, and a training step, of this case consist of."""
     inputs = case.inputs()
-    cotangents = case.cotangents(operator(case)(**inputs))
+    cotangents = case.cotangents(case.operator(**inputs))
     with Recorder() as recorder:
         with torch.no_grad():
-            operator(case)(**inputs)
-        cases.evaluate(operator(case), inputs, cotangents)
+            case.operator(**inputs)
+        cases.evaluate(case.operator, inputs, cotangents)
     return recorder.calls
 
 
 def checked_cases() -> list[Any]:
-    """Every dtype with all options; no time; no batch; no options at all."""
+    """Every dtype with all options; no time; no batch; no options at all; for scans every kind of gate."""
+
+    def of_scan(case: scan.Case) -> bool:
+        native = case.T == 9 and case.states == "storage"
+        return native or case.B * case.T == 0 or (case.T == 20 and case.packed) or (case.T == 5 and len(case.gate) == 1)
+
     return [
-        *params("small", where=lambda case: case.lengths and case.B * case.T != 0),
-        *params("small", where=lambda case: case.B * case.T == 0 and case.B + case.T > 0),
-        *params("small", where=lambda case: not case.states),
+        *params("small", where=lambda case: case.lengths and case.B * case.T != 0, operators=rnn.OPERATORS),
+        *params("small", where=lambda case: case.B * case.T == 0 < case.B + case.T, operators=rnn.OPERATORS),
+        *params("small", where=lambda case: not case.states, operators=rnn.OPERATORS),
+        *params("small", where=of_scan, operators=scan.OPERATORS),
     ]
 
 
@@ -84,12 +104,7 @@ def test_every_operator_has_cases() -> None:
     for op, reasons in backends.table().items():
         assert {*reasons} == {*backends.BACKENDS}, op
         assert reasons["cpu"] is None and reasons["reference"] is None
-    called = {
-        op.name().split(".")[0]
-        for op_name in cases.OPERATORS
-        for case in (Case(op_name, B=2, T=3, H=2, D=4),)
-        for op, _, _ in recorded(case)
-    }
+    called = {op.name().split(".")[0] for op_name in cases.OPERATORS for op, _, _ in recorded(example(op_name))}
     assert called | {"seqops::project"} == registered()  # a module's operator, in test_projection.py
 
 
@@ -110,21 +125,25 @@ def test_schema_is_the_public_signature(op: str) -> None:
 
 def gradient_case(op: str, **options: Any) -> tuple[Case, dict[str, Any], dict[str, Tensor], Callable[..., Any]]:
     """A float64 case, its inputs, its leaves, and the operator as a function of the leaves in that order."""
-    case = Case(op, **({"B": 3, "T": 4, "H": 2, "D": 3, "dtype": torch.float64} | options))
+    case = example(op, **({"T": 4, "dtype": torch.float64} | options))
     inputs = case.inputs()
-    if case.lengths:
+    if op in rnn.OPERATORS and case.lengths:
         with torch.no_grad():  # finite differences of NaN are NaN
             inputs["wx"].nan_to_num_(0.0)
     leaves = cases.differentiable(inputs)
-    return case, inputs, leaves, lambda *values: operator(case)(**(inputs | dict(zip(leaves, values, strict=True))))
+    return case, inputs, leaves, lambda *values: case.operator(**(inputs | dict(zip(leaves, values, strict=True))))
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"lengths": True, "reverse": True}, {"grad_clip": 1e6}, {"bias": False, "D": 1}, {"T": 1, "reverse": True}],
-    ids=str,
+    ("op", "options"),
+    with_options(
+        *every(cases.OPERATORS, {}, {"T": 1, "reverse": True}),
+        *every(rnn.OPERATORS, {"lengths": True, "reverse": True}, {"grad_clip": 1e6}, {"bias": False, "D": 1}),
+        *every(scan.OPERATORS, {"states": "none", "reverse": True}, PACKED),
+        *every(("linear_scan",), {"gate": "B0"}, {"gate": "T1", "gaps": True}, {"gate": "", **PACKED}),
+        *every(("linear_scan",), {"dtype": torch.complex128}, {"gate_dtype": torch.complex128, "gate": "1"}),
+    ),
 )
-@pytest.mark.parametrize("op", cases.OPERATORS)
 def test_gradcheck(op: str, options: dict[str, Any]) -> None:
     _, _, leaves, call = gradient_case(op, **options)
     assert torch.autograd.gradcheck(call, (*leaves.values(),), check_batched_grad=True)
@@ -137,12 +156,12 @@ def test_gradcheck_relu() -> None:
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_second_derivative_is_refused(op: str) -> None:
-    _, inputs, leaves, call = gradient_case(op)
+    _, _, leaves, call = gradient_case(op)
     gradients = torch.autograd.grad(call(*leaves.values())[0].square().sum(), [*leaves.values()], create_graph=True)
     for gradient in gradients:
         if gradient.requires_grad:
             with pytest.raises(RuntimeError) as caught:
-                torch.autograd.grad(gradient.square().sum(), inputs["wx"], retain_graph=True)
+                torch.autograd.grad(gradient.abs().square().sum(), next(iter(leaves.values())), retain_graph=True)
             assert str(caught.value) == SECOND.format(op)
     assert gradients[0].requires_grad
     with pytest.raises(RuntimeError) as caught:
@@ -153,7 +172,7 @@ def test_second_derivative_is_refused(op: str) -> None:
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_second_derivative_in_the_reference(op: str) -> None:
     """As the refusal says."""
-    _, _, leaves, call = gradient_case(op, B=2, T=2, D=2, H=1)
+    _, _, leaves, call = gradient_case(op, B=2, T=2)
     with seqops.backend("reference"):
         assert torch.autograd.gradgradcheck(call, (*leaves.values(),))
 
@@ -184,22 +203,22 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Any]
     "vjp": lambda f, v: torch.func.vjp(f, *take(v, 0))[1](torch.tensor(2.0, dtype=torch.float64)),
     "jacrev": lambda f, v: torch.func.jacrev(f, (0, 1))(*take(v, 0)),
     "vmap": lambda f, v: torch.vmap(f)(*v),
-    "vmap, only wx mapped": lambda f, v: torch.vmap(f, (0, *[None] * (len(v) - 1)))(v[0], *take(v[1:], 0)),
-    "vmap, only weights mapped": lambda f, v: torch.vmap(f, (None, 0, 0, *[None] * (len(v) - 3)))(
+    "vmap, first one mapped": lambda f, v: torch.vmap(f, (0, *[None] * (len(v) - 1)))(v[0], *take(v[1:], 0)),
+    "vmap, first one not mapped": lambda f, v: torch.vmap(f, (None, 0, 0, *[None] * (len(v) - 3)))(
         *take(v[:1], 0), *v[1:3], *take(v[3:], 0)
     ),
     "vmap, last dimension": lambda f, v: torch.vmap(f, -1)(*(value.movedim(0, -1) for value in v)),
     "vmap, output of a map": lambda f, v: torch.vmap(torch.vmap(f))(*(value.expand(2, *value.shape) for value in v)),
     "vmap(grad)": lambda f, v: torch.vmap(torch.func.grad(f, (0, 1, 2)))(*v),
-    "vmap(grad), shared weights": lambda f, v: torch.vmap(
+    "vmap(grad), second and third shared": lambda f, v: torch.vmap(
         torch.func.grad(f, (0, 1, 2)), (0, None, None, *[0] * (len(v) - 3))
     )(v[0], *take(v[1:3], 0), *v[3:]),
-    "vmap(grad), mapped weights": lambda f, v: torch.vmap(
+    "vmap(grad), second and third mapped": lambda f, v: torch.vmap(
         torch.func.grad(f, (0, 1, 2)), (None, 0, 0, *[None] * (len(v) - 3))
     )(*take(v[:1], 0), *v[1:3], *take(v[3:], 0)),
     "grad(vmap)": lambda f, v: torch.func.grad(lambda *x: torch.vmap(f)(*x).sum(), tuple(range(len(v))))(*v),
-    "grad(vmap), mapped weights": lambda f, v: torch.func.grad(
-        lambda wx, r: torch.vmap(lambda one: f(wx, one, *take(v[2:], 0)))(r).sum(), (0, 1)
+    "grad(vmap), second one mapped": lambda f, v: torch.func.grad(
+        lambda first, second: torch.vmap(lambda one: f(first, one, *take(v[2:], 0)))(second).sum(), (0, 1)
     )(v[0][0], v[1]),
 }
 
@@ -208,18 +227,34 @@ def take(values: tuple[Tensor, ...], index: int) -> tuple[Tensor, ...]:
     return tuple(value[index] for value in values)
 
 
+def drawn(op: str, **options: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The tensors of a float64 case, and the rest of its arguments."""
+    case = example(op, **({"T": 3, "dtype": torch.float64} | options))
+    inputs = case.inputs()
+    leaves = cases.differentiable(inputs)
+    rest = {name: value for name, value in inputs.items() if name not in leaves}
+    return tuple(value.detach().nan_to_num(0.0) for value in leaves.values()), rest
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("op", cases.OPERATORS)
-def test_function_transforms(op: str, transform: str) -> None:
+@pytest.mark.parametrize(("op", "options"), VARIANTS)
+def test_function_transforms(op: str, options: dict[str, Any], transform: str) -> None:
     """As the same transform of the reference."""
-    drawn = [Case(op, B=B, T=3, H=2, D=3, dtype=torch.float64) for B in (2, 2, 2)]
-    rows = [[v.detach() for v in cases.differentiable(case.inputs()).values()] for case in drawn]
-    # Three different copies to map over: the case would draw the same numbers again.
-    values = tuple(torch.stack([v, v.flip(0) * 0.7, v + 0.1]) for v in rows[0])
-    options = {"reverse": True, "grad_clip": 0.3}
-    got = TRANSFORMS[transform](loss_of(getattr(seqops, op), options), values)
-    expected = TRANSFORMS[transform](loss_of(getattr(reference, op), options), values)
+    tensors, rest = drawn(op, **options)
+    # Three different copies to map over.
+    values = tuple(torch.stack([v, v.flip(0) * 0.7, v + 0.1]) for v in tensors)
+    got = TRANSFORMS[transform](loss_of(getattr(seqops, op), rest), values)
+    expected = TRANSFORMS[transform](loss_of(example(op).reference, rest), values)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", scan.OPERATORS)
+def test_vmap_over_packed_sequences_that_differ(op: str) -> None:
+    (first, second, *_), rest = drawn(op, **PACKED)
+    edges = torch.stack([rest["cu_seqlens"], torch.tensor([0, 2, 4, 5, 5, 6, 7, 7]).to(rest["cu_seqlens"])])
+    got = torch.vmap(lambda one: getattr(seqops, op)(first, second, cu_seqlens=one))(edges)
+    expected = [example(op).reference(first, second, cu_seqlens=one) for one in edges]
+    torch.testing.assert_close(got, tuple(torch.stack(column) for column in zip(*expected, strict=True)))
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
@@ -232,7 +267,7 @@ def test_transform_inside_ordinary_autograd(op: str) -> None:
         value = torch.func.grad_and_value(loss_of(function, {}))(values[0].detach(), *values[1:])[1]
         return torch.autograd.grad(value, values[1])[0]
 
-    torch.testing.assert_close(outer(getattr(seqops, op)), outer(getattr(reference, op)), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(outer(getattr(seqops, op)), outer(example(op).reference), rtol=1e-10, atol=1e-12)
 
 
 # ---------------------------------------------------------------- compile, export
@@ -251,14 +286,15 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
 
     Torch itself treats sizes of 0 and 1 apart, and the gradient of r has one of T - 1.
     """
+    options = {"reverse": True} | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:
-        outputs = getattr(torch.ops.seqops, op)(*values, reverse=True, grad_clip=0.3)
+        outputs = getattr(torch.ops.seqops, op)(*values, **options)
         return tuple(output * 2 for output in outputs)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for first, (B, T) in zip((True, False, False, False), ((7, 5), (4, 9), (9, 3), (2, 33)), strict=True):
-        case = Case(op, B=B, T=T, H=2, D=6)  # in the first call all sizes differ: equal ones would be taken for one
+        case = example(op, B=B, T=T)  # in the first call all sizes differ: equal ones would be taken for one
         leaves = tuple(cases.differentiable(case.inputs()).values())
         with torch._dynamo.config.patch(error_on_recompile=not first):
             got = compiled(*leaves)
@@ -269,25 +305,43 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("op", cases.OPERATORS)
-def test_compile_the_public_function_with_lengths(op: str, fresh_compiler: None) -> None:
-    inputs = Case(op, B=4, T=6, H=2, D=5, lengths=True).inputs()
+@pytest.mark.parametrize("op", scan.OPERATORS)
+def test_compile_with_any_number_of_sequences(op: str, fresh_compiler: None) -> None:
+    """Packed: another length and another number of sequences compile nothing new."""
+
+    def step(first: Tensor, second: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
+        return getattr(seqops, op)(first, second, cu_seqlens=cu_seqlens)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for first_call, edges in zip(
+        (True, False, False), ([0, 3, 5, 5, 8, 11], [0, 0, 2, 7, 8, 9], [0, 12, 13]), strict=True
+    ):
+        inputs = example(op, B=1, T=edges[-1], states="none").inputs()
+        values = [*cases.differentiable(inputs).values(), torch.tensor(edges)]
+        with torch._dynamo.config.patch(error_on_recompile=not first_call):
+            got = compiled(*values)
+        expected = step(*values)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(("op", "options"), VARIANTS)
+def test_compile_the_public_function(op: str, options: dict[str, Any], fresh_compiler: None) -> None:
+    inputs = example(op, **options).inputs()
     compiled = torch.compile(getattr(seqops, op), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         got, expected = compiled(**inputs), getattr(seqops, op)(**inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("op", ["lstm"])
+@pytest.mark.parametrize("op", ["lstm", *scan.OPERATORS])
 def test_compile_of_transforms(op: str, fresh_compiler: None) -> None:
-    case = Case(op, B=2, T=3, H=2, D=3, dtype=torch.float64)
-    values = tuple(v.detach() for v in cases.differentiable(case.inputs()).values())
+    values, _ = drawn(op)
     mapped = tuple(torch.stack([v, v * 0.7]) for v in values)
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, backend="aot_eager")
 
-    ours, theirs = loss_of(getattr(seqops, op), {}), loss_of(getattr(reference, op), {})
+    ours, theirs = loss_of(getattr(seqops, op), {}), loss_of(example(op).reference, {})
     torch.testing.assert_close(compiled(torch.func.grad(ours))(*values), torch.func.grad(theirs)(*values))
     got = compiled(torch.vmap(torch.func.grad(ours)))(*mapped)
     torch.testing.assert_close(got, torch.vmap(torch.func.grad(theirs))(*mapped))
@@ -297,7 +351,9 @@ INDUCTOR = """
 import torch, seqops
 def step(wx, r, b):
     h, h_n, c_n = seqops.lstm(wx, r, b, grad_clip=1.0)
-    return (h * h).mean() + c_n.sum()
+    y, last = seqops.linear_scan(h, wx[:, :, 0].sigmoid())
+    o, lse = seqops.softmax_scan(y.mean(-1), h)
+    return (o * h).mean() + c_n.sum() + last.sum() + lse.mean()
 inputs = [torch.randn(*s).requires_grad_() for s in ((3, 5, 4, 2, 8), (4, 2, 8, 8), (4, 2, 8))]
 compiled = torch.compile(step, fullgraph=True)
 got, expected = [torch.autograd.grad(f(*inputs), inputs) for f in (compiled, step)]
@@ -313,17 +369,27 @@ def test_first_call_of_a_process_is_compiled(run_python: Callable[..., str]) -> 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_export_with_dynamic_batch_and_time(op: str) -> None:
+    recurrent = op in rnn.OPERATORS
+    options = {"lengths": True, "states": False} if recurrent else {}
+    last = ("lengths",) if recurrent else ()
+
     class Module(torch.nn.Module):
-        def forward(self, wx: Tensor, r: Tensor, b: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-            return getattr(torch.ops.seqops, op)(wx, r, b, lengths=lengths, reverse=True)
+        def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+            named = dict(zip(reversed(last), reversed(values), strict=False))
+            return getattr(torch.ops.seqops, op)(*values[: len(values) - len(last)], **named, reverse=True)
 
     def arguments(B: int, T: int) -> tuple[Tensor, ...]:
-        inputs = Case(op, B=B, T=T, H=2, D=5, lengths=True, states=False).inputs()
-        return tuple(inputs[name].detach() for name in ("wx", "r", "b", "lengths"))
+        inputs = example(op, B=B, T=T, **options).inputs()
+        named = [inputs.pop(name) for name in last]
+        return (*(value.detach() for value in cases.differentiable(inputs).values()), *named)
 
     batch, time = torch.export.Dim("batch", min=2), torch.export.Dim("time", min=2)
-    dynamic = ({0: batch, 1: time}, None, None, {0: batch})
-    exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=dynamic)
+    sequence, row = {0: batch, 1: time}, {0: batch}
+    dynamic = {
+        "linear_scan": (sequence, sequence, row),
+        "softmax_scan": (sequence, sequence, row, row),
+    }.get(op, (sequence, None, None, row))
+    exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=(dynamic,))
     assert [str(n.target) for n in exported.graph.nodes if "seqops" in str(n.target)] == [f"seqops.{op}.default"]
     for B, T in ((3, 5), (2, 9), (7, 2)):
         inputs = arguments(B, T)
@@ -334,98 +400,120 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
 # ---------------------------------------------------------------- modes
 
 
-@pytest.mark.parametrize("op", cases.OPERATORS)
-def test_autocast(op: str) -> None:
+@pytest.mark.parametrize("op", rnn.OPERATORS)
+def test_autocast_of_products(op: str) -> None:
     """wx and r take the autocast dtype, states stay in float32, gradients come in the dtype of the inputs."""
-    case = Case(op, B=3, T=5, H=2, D=16)
+    case = example(op)
     inputs = case.inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = operator(case)(**inputs)
-    assert [o.dtype for o in outputs] == [torch.bfloat16] + [torch.float32] * len(cases.STATES[op])
+        outputs = case.operator(**inputs)
+    assert [o.dtype for o in outputs] == [torch.bfloat16] + [torch.float32] * len(rnn.STATES[op])
     cast = {name: inputs[name].detach().bfloat16().requires_grad_() for name in ("wx", "r")}
-    expected = operator(case)(**(inputs | cast))
+    expected = case.operator(**(inputs | cast))
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
     cotangents = case.cotangents(outputs)
     got = torch.autograd.grad(outputs, [inputs["wx"], inputs["r"]], cotangents)
     direct = torch.autograd.grad(expected, [cast["wx"], cast["r"]], cotangents)
     assert all(torch.equal(a, b.float()) for a, b in zip(got, direct, strict=True))
     with torch.autocast("cpu", enabled=False):
-        assert operator(case)(**inputs)[0].dtype == torch.float32
+        assert case.operator(**inputs)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("op", scan.OPERATORS)
+def test_autocast_casts_no_scan(op: str, dtype: torch.dtype) -> None:
+    if op == "softmax_scan" and dtype.is_complex:
+        dtype = torch.float16
+    case = example(op, dtype=dtype)
+    inputs = case.inputs()
+    cotangents = case.cotangents(case.operator(**inputs))
+    expected = cases.evaluate(case.operator, inputs, cotangents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cases.assert_same_bits(cases.evaluate(case.operator, inputs, cotangents), expected)
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_autocast_leaves_float64_alone(op: str) -> None:
-    case = Case(op, B=2, T=3, D=4, dtype=torch.float64)
+    case = example(op, dtype=torch.float64)
     inputs = case.inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = operator(case)(**inputs)
+        outputs = case.operator(**inputs)
     assert outputs[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_inference_mode(op: str) -> None:
-    case = Case(op, B=3, T=5, H=2, D=16)
+    case = example(op)
     inputs = case.inputs()
-    expected = operator(case)(**inputs)
+    expected = case.operator(**inputs)
     with torch.inference_mode():
-        got = operator(case)(**inputs)
+        got = case.operator(**inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert all(output.is_inference() and not output.requires_grad for output in got)
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_activation_checkpointing(op: str) -> None:
-    case = Case(op, B=3, T=5, H=2, D=16)
+    case = example(op)
     inputs = case.inputs()
-    cotangents = case.cotangents(operator(case)(**inputs))
+    cotangents = case.cotangents(case.operator(**inputs))
 
     def again(**arguments: Any) -> tuple[Tensor, ...]:
-        return torch.utils.checkpoint.checkpoint(operator(case), use_reentrant=False, **arguments)
+        return torch.utils.checkpoint.checkpoint(case.operator, use_reentrant=False, **arguments)
 
-    expected = cases.evaluate(operator(case), inputs, cotangents)
+    expected = cases.evaluate(case.operator, inputs, cotangents)
     cases.assert_same_bits(cases.evaluate(again, inputs, cotangents), expected)
 
 
 # ---------------------------------------------------------------- backends
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, backend: str, function: Callable[..., Any] | None = None) -> list[int]:
+    """A list that gets the thread of every call that the backend serves, by its function or by `function`."""
+    calls: list[int] = []
+
+    def count(op: str, serve: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(threading.get_ident())
+            return serve(*args, **options) if function is None else function(op, *args, **options)
+
+        return call
+
+    for op, served in backends._served.items():
+        if served.get(backend) is not None:
+            monkeypatch.setitem(served, backend, count(op, served[backend]))
+    return calls
+
+
 @pytest.fixture
 def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one whenever the reference runs."""
-    calls: list[int] = []
-    run = reference.run
-
-    def counted(*args: Any) -> tuple[Tensor, ...]:
-        calls.append(threading.get_ident())
-        return run(*args)
-
-    monkeypatch.setattr(reference, "run", counted)
-    return calls
+    """Grows by one whenever a reference runs."""
+    return counted(monkeypatch, "reference")
 
 
 @pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_forced_reference(op: str, mode: str, reference_calls: list[int]) -> None:
     """It runs, once, gives the reference's own bits and gradients, and is gone when the block ends."""
-    case = Case(op, B=3, T=5, H=2, D=16, lengths=True)
+    case = example(op, **({"lengths": True} if op in rnn.OPERATORS else PACKED))
     inputs = case.inputs()
-    expected = getattr(reference, op)(**inputs)
+    expected = case.reference(**inputs)
     cotangents = case.cotangents(expected)
-    gradients = cases.evaluate(getattr(reference, op), inputs, cotangents)
-    del reference_calls[:]
+    gradients = cases.evaluate(case.reference, inputs, cotangents)
+    assert not reference_calls
     context = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
     assert backends.current() is None
     with context(), seqops.backend("reference"):
         assert backends.current() == "reference"
-        got = operator(case)(**inputs)
+        got = case.operator(**inputs)
         assert len(reference_calls) == 1
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         if mode == "grad":
-            cases.assert_same_bits(cases.evaluate(operator(case), inputs, cotangents), gradients)
+            cases.assert_same_bits(cases.evaluate(case.operator, inputs, cotangents), gradients)
     assert backends.current() is None
     del reference_calls[:]
     with context():
-        operator(case)(**inputs)
+        case.operator(**inputs)
     assert not reference_calls
 
 
@@ -440,17 +528,17 @@ def test_forcing_nests_and_survives_errors() -> None:
 
 
 def test_forcing_is_of_one_thread(reference_calls: list[int]) -> None:
-    case = Case("lstm", B=2, T=3, D=4)
+    case = example("lstm")
     inputs = case.inputs()
     seen: list[str | None] = []
 
     def elsewhere() -> None:
         seen.append(backends.current())
-        operator(case)(**inputs)
+        case.operator(**inputs)
 
     def forced_elsewhere() -> None:
         with seqops.backend("reference"):
-            operator(case)(**inputs)
+            case.operator(**inputs)
 
     with seqops.backend("reference"):
         for target in (elsewhere, forced_elsewhere):
@@ -463,32 +551,118 @@ def test_forcing_is_of_one_thread(reference_calls: list[int]) -> None:
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_forced_cpu_is_the_default(op: str, reference_calls: list[int]) -> None:
-    case = Case(op, B=3, T=5, H=2, D=16)
+    case = example(op)
     inputs = case.inputs()
-    cotangents = case.cotangents(operator(case)(**inputs))
-    expected = cases.evaluate(operator(case), inputs, cotangents)
+    cotangents = case.cotangents(case.operator(**inputs))
+    expected = cases.evaluate(case.operator, inputs, cotangents)
     with seqops.backend("cpu"):
-        cases.assert_same_bits(cases.evaluate(operator(case), inputs, cotangents), expected)
+        cases.assert_same_bits(cases.evaluate(case.operator, inputs, cotangents), expected)
     assert not reference_calls
 
 
 @pytest.mark.parametrize("mode", ["grad", "inference_mode"])
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 @pytest.mark.parametrize("op", cases.OPERATORS)
-def test_forced_backend_that_cannot_serve_says_why(op: str, name: str, mode: str) -> None:
-    inputs = Case(op, B=2, T=3, D=4).inputs()
-    reason = backends.table()[op][name]
+def test_forced_backend_that_cannot_serve_says_why(
+    op: str, name: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("SEQOPS_SIMULATE", "TRITON_INTERPRET"):
+        monkeypatch.delenv(variable, raising=False)
+    inputs = example(op).inputs()
+    reason = backends.reason_missing(op, name, "cpu")
     assert reason
     context = torch.enable_grad if mode == "grad" else torch.inference_mode
     with context(), seqops.backend(name), pytest.raises(RuntimeError) as caught:
         getattr(seqops, op)(**inputs)
     text = str(caught.value)
-    assert text.startswith(f"seqops::{op}: backend '{name}' cannot serve this call: {reason}")
+    assert text.startswith(f"seqops::{op}: backend '{name}' cannot serve this call: {reason}; backends that exist: ref")
+    if op in scan.OPERATORS:
+        variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
+        assert variable in reason and text.endswith("backends that exist: reference, cpu, triton, cuda")
+
+
+def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
+    """The kernel that CUDA tensors reach, called with CPU tensors."""
+    overload = getattr(torch.ops.seqops, op).default
+    positional = [inputs.get(a.name) for a in overload._schema.arguments if not a.kwarg_only]
+    named = {a.name: inputs[a.name] for a in overload._schema.arguments if a.kwarg_only and a.name in inputs}
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with torch.no_grad():
+        return overload.redispatch(keys, *positional, **named)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this key has kernels")
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_without_a_gpu_its_key_says_why(op: str) -> None:
+    inputs = example(op).inputs()
+    with pytest.raises(RuntimeError) as caught:
+        on_cuda_key(op, inputs)
+    text = str(caught.value)
+    reasons = "; ".join(f"{name}: {backends.reason_missing(op, name, 'cuda')}" for name in ("cuda", "triton"))
+    assert "None" not in reasons
+    assert text.startswith(f"seqops::{op}: no kernel for cuda tensors ({reasons}); backends that exist: reference, cpu")
+    with seqops.backend("cpu"), pytest.raises(RuntimeError) as caught:
+        on_cuda_key(op, inputs)
+    text = str(caught.value)
+    assert text.startswith(
+        f"seqops::{op}: backend 'cpu' cannot serve this call: it does not take cuda tensors; backends"
+    )
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_reference_on_the_cuda_key(op: str) -> None:
+    case = example(op)
+    inputs = case.inputs()
+    with seqops.backend("reference"):
+        got = on_cuda_key(op, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, case.reference(**inputs), strict=True))
+
+
+@pytest.mark.parametrize("op", scan.OPERATORS)
+def test_backward_keeps_the_forced_backend(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward's, where the backward runs in another thread, as it does on GPUs, and after the block has ended."""
+
+    def native(name: str, *args: Any, **options: Any) -> Any:
+        with backends.resume(None):
+            return getattr(torch.ops.seqops, name)(*args, **options)
+
+    monkeypatch.setenv("SEQOPS_SIMULATE", "1")
+    calls = counted(monkeypatch, "cuda", native)
+    case = example(op)
+    inputs = case.inputs()
+    with seqops.backend("cuda"):
+        outputs = case.operator(**inputs)
+    assert len(calls) == 1
+    leaves = [*cases.differentiable(inputs).values()]
+    thread = threading.Thread(target=lambda: torch.autograd.backward(outputs, case.cotangents(outputs), inputs=leaves))
+    thread.start()
+    thread.join()
+    assert len(calls) == 2 and calls[1] != calls[0]
+    assert all(leaf.grad is not None for leaf in leaves)
+
+
+IN_ENVIRONMENT = """
+import torch, seqops
+from seqops.core import backend
+print(backend.current())
+try:
+    seqops.linear_scan(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_forced_by_the_environment(run_python: Callable[..., str]) -> None:
+    assert run_python(IN_ENVIRONMENT, SEQOPS_BACKEND="reference") == "reference\n"
+    without = {"SEQOPS_SIMULATE": "", "TRITON_INTERPRET": ""}
+    for name in ("cuda", "triton"):
+        first, error = run_python(IN_ENVIRONMENT, SEQOPS_BACKEND=name, **without).splitlines()
+        assert first == name and f"backend '{name}' cannot serve this call" in error
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_compile_under_a_forced_backend(op: str, fresh_compiler: None, reference_calls: list[int]) -> None:
-    inputs = Case(op, B=3, T=5, H=2, D=4).inputs()
+    inputs = example(op).inputs()
     compiled = torch.compile(getattr(seqops, op), fullgraph=True, backend="aot_eager")
     with seqops.backend("reference"), torch.no_grad():
         got = compiled(**inputs)

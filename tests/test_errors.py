@@ -10,6 +10,7 @@ from typing import Any
 import cases
 import pytest
 import torch
+from cases import rnn, scan
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqops
@@ -20,13 +21,13 @@ def of(*shape: int, dtype: torch.dtype = torch.float32, device: str | None = Non
     return lambda tested: torch.zeros(shape, dtype=dtype, device=device or tested)
 
 
-def lengths(*values: int, dtype: torch.dtype = torch.int64) -> Callable[[str], torch.Tensor]:
+def integers(*values: int, dtype: torch.dtype = torch.int64) -> Callable[[str], torch.Tensor]:
     return lambda tested: torch.tensor(values, dtype=dtype, device=tested)
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """What to change in a good call (B = 2, T = 5, H = 1, D = 8, float32) and the text that must follow."""
+    """What to change in a good call (see GOOD) and the text that must follow."""
 
     op: str
     text: str
@@ -37,9 +38,21 @@ class Mistake:
         return re.sub(r"[^\w.]+", "-", f"{self.op} {self.text}")
 
 
+# In a good call B = 2, T = 5, D = 8, all in float32.
+GOOD = {
+    **{op: {"wx": of(2, 5, rnn.GATES[op], 1, 8), "r": of(rnn.GATES[op], 1, 8, 8)} for op in rnn.OPERATORS},
+    "linear_scan": {"x": of(2, 5, 8), "a": of(2, 5, 8)},
+    "softmax_scan": {"s": of(2, 5, 3), "v": of(2, 5, 3, 8)},
+}
+# What else may be given, with its shape.
+OTHERS = {
+    **{op: {"b": (gates, 1, 8), **dict.fromkeys(rnn.STATES[op], (2, 1, 8))} for op, gates in rnn.GATES.items()},
+    "linear_scan": {"initial_state": (2, 8)},
+    "softmax_scan": {"initial_lse": (2, 3), "initial_out": (2, 3, 8)},
+}
 HALF = {"wx": of(2, 5, 4, 1, 8, dtype=torch.bfloat16), "r": of(4, 1, 8, 8, dtype=torch.bfloat16)}
 
-MISTAKES = [
+RNN = [
     Mistake("lstm", "wx: expected 5 dimensions [B, T, G, H, D], got shape [2, 3, 4]", {"wx": of(2, 3, 4)}),
     Mistake("gru", "wx: expected 5 dimensions [B, T, G, H, D], got shape []", {"wx": of()}),
     Mistake("lstm", "wx: expected 4 gates (dimension 2), got shape [2, 5, 3, 1, 8]", {"wx": of(2, 5, 3, 1, 8)}),
@@ -80,30 +93,30 @@ MISTAKES = [
     ),
     *(
         Mistake(op, f"{name}: expected [B, H, D] = [2, 1, 8], got {[*shape]}", {name: of(*shape)})
-        for op, names in cases.STATES.items()
+        for op, names in rnn.STATES.items()
         for name in names
         for shape in ((2, 8), (3, 1, 8))
     ),
     *(
         Mistake(op, f"{name}: expected float32, got int32", {name: of(2, 1, 8, dtype=torch.int32)})
-        for op, names in cases.STATES.items()
+        for op, names in rnn.STATES.items()
         for name in names
     ),
     Mistake("lstm", "lengths: expected int32 or int64, got float32", {"lengths": of(2)}),
     Mistake("gru", "lengths: expected int32 or int64, got bool", {"lengths": of(2, dtype=torch.bool)}),
-    Mistake("lstm", "lengths: expected [B] = [2], got [3]", {"lengths": lengths(1, 2, 3)}),
+    Mistake("lstm", "lengths: expected [B] = [2], got [3]", {"lengths": integers(1, 2, 3)}),
     Mistake("elman", "lengths: expected [B] = [2], got [2, 1]", {"lengths": of(2, 1, dtype=torch.int32)}),
-    Mistake("lstm", "lengths: expected values in [0, T] = [0, 5], got 6 at index 1", {"lengths": lengths(5, 6)}, True),
+    Mistake("lstm", "lengths: expected values in [0, T] = [0, 5], got 6 at index 1", {"lengths": integers(5, 6)}, True),
     Mistake(
-        "slstm", "lengths: expected values in [0, T] = [0, 5], got -1 at index 0", {"lengths": lengths(-1, 9)}, True
+        "slstm", "lengths: expected values in [0, T] = [0, 5], got -1 at index 0", {"lengths": integers(-1, 9)}, True
     ),
     Mistake(
         "gru",
         "lengths: expected values in [0, T] = [0, 5], got 7 at index 1",
-        {"lengths": lengths(0, 7, dtype=torch.int32)},
+        {"lengths": integers(0, 7, dtype=torch.int32)},
         True,
     ),
-    *(Mistake(op, "grad_clip: expected a number >= 0, got -1", {"grad_clip": -1.0}) for op in cases.OPERATORS),
+    *(Mistake(op, "grad_clip: expected a number >= 0, got -1", {"grad_clip": -1.0}) for op in rnn.OPERATORS),
     Mistake("lstm", "grad_clip: expected a number >= 0, got -0.5", {"grad_clip": -0.5}),
     Mistake("lstm", "grad_clip: expected a number >= 0, got nan", {"grad_clip": math.nan}),
     Mistake("elman", "nonlinearity: expected 'tanh' or 'relu', got 'gelu'", {"nonlinearity": "gelu"}),
@@ -115,7 +128,7 @@ MISTAKES = [
         {"r": of(4, 1, 8, 7), "c0": of(2, 8), "lengths": of(2), "grad_clip": -1.0},
     ),
     Mistake("slstm", "n0: expected [B, H, D] = [2, 1, 8], got [2]", {"n0": of(2), "m0": of(2), "grad_clip": -1.0}),
-    Mistake("lstm", "lengths: expected [B] = [2], got [1]", {"lengths": lengths(9), "grad_clip": -1.0}),
+    Mistake("lstm", "lengths: expected [B] = [2], got [1]", {"lengths": integers(9), "grad_clip": -1.0}),
     Mistake("elman", "grad_clip: expected a number >= 0, got -2", {"grad_clip": -2.0, "nonlinearity": "gelu"}),
     # A bad shape is told before a bad dtype, an empty batch or an empty sequence does not hide a mistake.
     Mistake("lstm", "r: expected [G, H, D, D] = [4, 1, 8, 8], got [8]", {"r": of(8, dtype=torch.float64)}),
@@ -123,16 +136,186 @@ MISTAKES = [
     Mistake(
         "gru",
         "lengths: expected values in [0, T] = [0, 0], got 1 at index 0",
-        {"wx": of(2, 0, 3, 1, 8), "lengths": lengths(1, 1)},
+        {"wx": of(2, 0, 3, 1, 8), "lengths": integers(1, 1)},
         True,
     ),
 ]
 
 
+def packed(edges: Callable[[str], torch.Tensor], **change: Any) -> dict[str, Any]:
+    return {"x": of(1, 5, 8), "a": of(1, 5, 8), "cu_seqlens": edges} | change
+
+
+def packed_softmax(edges: Callable[[str], torch.Tensor], **change: Any) -> dict[str, Any]:
+    return {"s": of(1, 5, 3), "v": of(1, 5, 3, 8), "cu_seqlens": edges} | change
+
+
+def both(lse: Any, out: Any, **change: Any) -> dict[str, Any]:
+    return {"initial_lse": lse, "initial_out": out} | change
+
+
+HALF_GATES = "bfloat16, float16 or float32"
+GATES = "bfloat16, float16, float32 or complex64"
+ALL_GATES = "bfloat16, float16, float32, float64, complex64 or complex128"
+STORAGE = "float32, float64, bfloat16, float16, complex64 or complex128"
+
+LINEAR = [
+    ("x: expected at least 2 dimensions [B, T, *C], got shape [5]", {"x": of(5)}),
+    ("x: expected at least 2 dimensions [B, T, *C], got shape []", {"x": of(), "a": of()}),
+    (f"x: expected {STORAGE}, got int64", {"x": of(2, 5, 8, dtype=torch.int64)}),
+    (f"x: expected {STORAGE}, got bool", {"x": of(2, 5, 8, dtype=torch.bool)}),
+    ("x: expected at least 1 channel, got shape [2, 5, 0]", {"x": of(2, 5, 0), "a": of(2, 5, 1)}),
+    ("x: expected at least 1 channel, got shape [2, 5, 3, 0]", {"x": of(2, 5, 3, 0), "a": of(2, 5, 1, 1)}),
+    ("a: expected every dimension 1 or as in x [2, 5, 8], got [2, 5, 7]", {"a": of(2, 5, 7)}),
+    ("a: expected every dimension 1 or as in x [2, 5, 8], got [2, 4, 8]", {"a": of(2, 4, 8)}),
+    ("a: expected every dimension 1 or as in x [2, 5, 8], got [3, 5, 8]", {"a": of(3, 5, 8)}),
+    ("a: expected every dimension 1 or as in x [2, 5, 8], got [2, 5]", {"a": of(2, 5)}),
+    ("a: expected every dimension 1 or as in x [2, 5, 8], got [2, 5, 8, 1]", {"a": of(2, 5, 8, 1)}),
+    ("a: expected every dimension 1 or as in x [2, 5, 8], got [2, 0, 8]", {"a": of(2, 0, 8)}),
+    ("a: expected every dimension 1 or as in x [1, 5], got [2, 5]", {"x": of(1, 5), "a": of(2, 5)}),
+    *(
+        (f"a: expected {HALF_GATES}, got {name}", {"x": of(2, 5, 8, dtype=x), "a": of(2, 5, 8, dtype=a)})
+        for x in cases.NARROW
+        for name, a in (("complex64", torch.complex64), ("float64", torch.float64), ("int32", torch.int32))
+    ),
+    *(
+        (f"a: expected {GATES}, got {name}", {"x": of(2, 5, 8, dtype=x), "a": of(2, 5, 8, dtype=a)})
+        for x in (torch.float32, torch.complex64)
+        for name, a in (("float64", torch.float64), ("complex128", torch.complex128), ("int64", torch.int64))
+    ),
+    *(
+        (f"a: expected {ALL_GATES}, got int32", {"x": of(2, 5, 8, dtype=x), "a": of(2, 5, 8, dtype=torch.int32)})
+        for x in (torch.float64, torch.complex128)
+    ),
+    ("initial_state: expected [B, *C] = [2, 8], got [3, 8]", {"initial_state": of(3, 8)}),
+    ("initial_state: expected [B, *C] = [2, 8], got [2, 1, 8]", {"initial_state": of(2, 1, 8)}),
+    ("initial_state: expected [B, *C] = [2], got [2, 1]", {"x": of(2, 5), "a": of(1, 1), "initial_state": of(2, 1)}),
+    (
+        "initial_state: expected [B, *C] = [2, 3, 8], got [2, 8]",
+        {"x": of(2, 5, 3, 8), "a": of(2, 5, 3, 1), "initial_state": of(2, 8)},
+    ),
+    ("initial_state: expected float32, got float64", {"initial_state": of(2, 8, dtype=torch.float64)}),
+    ("initial_state: expected float32, got complex64", {"initial_state": of(2, 8, dtype=torch.complex64)}),
+    (
+        "initial_state: expected bfloat16 or float32, got float64",
+        {"x": of(2, 5, 8, dtype=torch.bfloat16), "initial_state": of(2, 8, dtype=torch.float64)},
+    ),
+    (
+        "initial_state: expected float32 or complex64, got complex128",
+        {"a": of(2, 5, 8, dtype=torch.complex64), "initial_state": of(2, 8, dtype=torch.complex128)},
+    ),
+    (
+        "initial_state: expected complex64 or float32, got bfloat16",
+        {"x": of(2, 5, 8, dtype=torch.complex64), "initial_state": of(2, 8, dtype=torch.bfloat16)},
+    ),
+    (
+        "initial_state: expected complex128 or float64, got float32",
+        {"x": of(2, 5, 8, dtype=torch.complex128), "initial_state": of(2, 8)},
+    ),
+    # Of several mistakes the first in the order of the arguments is told; shapes before dtypes.
+    (
+        "a: expected every dimension 1 or as in x [2, 5, 8], got [2]",
+        {"a": of(2, dtype=torch.int32), "initial_state": of(2), "cu_seqlens": of(2)},
+    ),
+    ("x: expected batch 1 with cu_seqlens, got shape [2, 5, 8]", {"cu_seqlens": of(2), "initial_state": of(2)}),
+    ("initial_state: expected [B, *C] = [2, 8], got [2]", {"initial_state": of(2, dtype=torch.int32)}),
+    # An empty batch or an empty sequence does not hide a mistake.
+    ("a: expected every dimension 1 or as in x [0, 0, 8], got [0, 0, 7]", {"x": of(0, 0, 8), "a": of(0, 0, 7)}),
+    ("initial_state: expected [N, *C] = [2, 8], got [3, 8]", packed(integers(0, 2, 5), initial_state=of(3, 8))),
+    (
+        "initial_state: expected [N, *C] = [0, 8], got [1, 8]",
+        packed(integers(0), x=of(1, 0, 8), a=of(1, 1, 8), initial_state=of(1, 8)),
+    ),
+]
+SOFTMAX = [
+    ("s: expected 3 dimensions [B, T, H], got shape [2, 5]", {"s": of(2, 5)}),
+    ("s: expected 3 dimensions [B, T, H], got shape [2, 5, 3, 1]", {"s": of(2, 5, 3, 1)}),
+    ("s: expected at least 1 head, got shape [2, 5, 0]", {"s": of(2, 5, 0), "v": of(2, 5, 0, 8)}),
+    ("v: expected 4 dimensions [B, T, H, D], got shape [2, 5, 3]", {"v": of(2, 5, 3)}),
+    ("v: expected [B, T, H] = [2, 5, 3] in front, got [2, 5, 4, 8]", {"v": of(2, 5, 4, 8)}),
+    ("v: expected [B, T, H] = [2, 5, 3] in front, got [2, 1, 3, 8]", {"v": of(2, 1, 3, 8)}),
+    ("v: expected at least 1 value a head, got shape [2, 5, 3, 0]", {"v": of(2, 5, 3, 0)}),
+    *(
+        (f"v: expected float32, float64, bfloat16 or float16, got {name}", {"v": of(2, 5, 3, 8, dtype=dtype)})
+        for name, dtype in (("int32", torch.int32), ("complex64", torch.complex64))
+    ),
+    *(
+        (f"s: expected {HALF_GATES}, got {name}", {"s": of(2, 5, 3, dtype=s), "v": of(2, 5, 3, 8, dtype=v)})
+        for v in (torch.float32, *cases.NARROW)
+        for name, s in (("float64", torch.float64), ("complex64", torch.complex64), ("int64", torch.int64))
+    ),
+    (
+        "s: expected bfloat16, float16, float32 or float64, got int64",
+        {"s": of(2, 5, 3, dtype=torch.int64), "v": of(2, 5, 3, 8, dtype=torch.float64)},
+    ),
+    ("initial_out: expected together with initial_lse, got None", {"initial_lse": of(2, 3)}),
+    ("initial_lse: expected together with initial_out, got None", {"initial_out": of(2, 3, 8)}),
+    ("initial_lse: expected [B, H] = [2, 3], got [2, 4]", both(of(2, 4), of(2, 3, 8))),
+    ("initial_lse: expected [B, H] = [2, 3], got [2, 3, 1]", both(of(2, 3, 1), of(2, 3, 8))),
+    ("initial_out: expected [B, H, D] = [2, 3, 8], got [2, 3]", both(of(2, 3), of(2, 3))),
+    ("initial_lse: expected float32, got float64", both(of(2, 3, dtype=torch.float64), of(2, 3, 8))),
+    ("initial_out: expected float32, got bfloat16", both(of(2, 3), of(2, 3, 8, dtype=torch.bfloat16))),
+    (
+        "initial_lse: expected bfloat16 or float32, got float64",
+        both(of(2, 3, dtype=torch.float64), of(2, 3, 8), s=of(2, 5, 3, dtype=torch.bfloat16)),
+    ),
+    (
+        "initial_lse: expected float32, got bfloat16",  # the dtype of v is not that of s
+        both(of(2, 3, dtype=torch.bfloat16), of(2, 3, 8), v=of(2, 5, 3, 8, dtype=torch.bfloat16)),
+    ),
+    (
+        "initial_out: expected float16 or float32, got bfloat16",
+        both(of(2, 3), of(2, 3, 8, dtype=torch.bfloat16), v=of(2, 5, 3, 8, dtype=torch.float16)),
+    ),
+    (
+        "initial_lse: expected [N, H] = [2, 3], got [1, 3]",
+        packed_softmax(integers(0, 2, 5), **both(of(1, 3), of(2, 3, 8))),
+    ),
+    (
+        "initial_out: expected [N, H, D] = [2, 3, 8], got [1, 3, 8]",
+        packed_softmax(integers(0, 2, 5), **both(of(2, 3), of(1, 3, 8))),
+    ),
+    (
+        "v: expected [B, T, H] = [2, 5, 3] in front, got [2, 5, 4, 8]",
+        both(of(2), None, v=of(2, 5, 4, 8, dtype=torch.int32), cu_seqlens=of(2)),
+    ),
+    ("s: expected batch 1 with cu_seqlens, got shape [2, 5, 3]", {"cu_seqlens": of(2), "initial_lse": of(2)}),
+]
+# The same for both scans: shapes first, then what only values tell.
+PACKED = [
+    ("cu_seqlens: expected int32 or int64, got float32", of(3), False),
+    ("cu_seqlens: expected int32 or int64, got bool", of(3, dtype=torch.bool), False),
+    ("cu_seqlens: expected 1 dimension [N + 1], got shape [2, 3]", of(2, 3, dtype=torch.int32), False),
+    ("cu_seqlens: expected 1 dimension [N + 1], got shape []", of(dtype=torch.int64), False),
+    ("cu_seqlens: expected 1 dimension [N + 1], got shape [0]", of(0, dtype=torch.int64), False),
+    ("cu_seqlens: expected 0 at index 0, got 1", integers(1, 2, 5), True),
+    ("cu_seqlens: expected 0 at index 0, got -1", integers(-1, 2, 7, dtype=torch.int32), True),
+    ("cu_seqlens: expected no decrease, got 2 after 5 at index 3", integers(0, 1, 5, 2), True),
+    ("cu_seqlens: expected no decrease, got -3 after 0 at index 1", integers(0, -3, 5, dtype=torch.int32), True),
+    ("cu_seqlens: expected T = 5 at the end, got 7", integers(0, 2, 7), True),
+    ("cu_seqlens: expected T = 5 at the end, got 4", integers(0, 2, 4, dtype=torch.int32), True),
+    ("cu_seqlens: expected T = 5 at the end, got 0", integers(0), True),
+    ("cu_seqlens: expected T = 5 at the end, got 9223372036854775807", integers(0, 2**63 - 1), True),
+]
+MISTAKES = [
+    *RNN,
+    *(Mistake("linear_scan", text, change) for text, change in LINEAR),
+    *(Mistake("softmax_scan", text, change) for text, change in SOFTMAX),
+    *(Mistake("linear_scan", text, packed(edges), values) for text, edges, values in PACKED),
+    *(Mistake("softmax_scan", text, packed_softmax(edges), values) for text, edges, values in PACKED),
+    Mistake("linear_scan", "x: expected batch 1 with cu_seqlens, got shape [2, 5, 8]", {"cu_seqlens": integers(0, 5)}),
+    Mistake("softmax_scan", "s: expected batch 1 with cu_seqlens, got shape [2, 5, 3]", {"cu_seqlens": integers(0, 5)}),
+    Mistake(
+        "linear_scan",
+        "x: expected batch 1 with cu_seqlens, got shape [0, 5, 8]",
+        packed(integers(0, 5), x=of(0, 5, 8), a=of(1, 1, 1)),
+    ),
+]
+
+
 def arguments(mistake: Mistake, device: str) -> dict[str, Any]:
-    gates = cases.GATES[mistake.op]
-    good = {"wx": of(2, 5, gates, 1, 8), "r": of(gates, 1, 8, 8)}
-    return {name: make(device) if callable(make) else make for name, make in {**good, **mistake.change}.items()}
+    given = GOOD[mistake.op] | mistake.change
+    return {name: make(device) if callable(make) else make for name, make in given.items()}
 
 
 def public(op: str, **inputs: Any) -> Any:
@@ -160,6 +343,12 @@ def under_reference(op: str, **inputs: Any) -> Any:
         return getattr(seqops, op)(**inputs)
 
 
+def under_simulator(op: str, **inputs: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch, seqops.backend("cuda"):
+        patch.setenv("SEQOPS_SIMULATE", "1")
+        return getattr(seqops, op)(**inputs)
+
+
 @contextmanager
 def refused(mistake: Mistake) -> Iterator[None]:
     with pytest.raises(ValueError) as caught:
@@ -175,6 +364,12 @@ def test_message(mistake: Mistake, path: Callable[..., Any]) -> None:
         path(mistake.op, **inputs)
 
 
+@pytest.mark.parametrize("mistake", [m for m in MISTAKES if m.op in scan.OPERATORS], ids=str)
+def test_message_of_a_python_backend(mistake: Mistake) -> None:
+    with refused(mistake):
+        under_simulator(mistake.op, **arguments(mistake, "cpu"))
+
+
 @pytest.mark.parametrize("path", [public, training], ids=lambda path: path.__name__)
 @pytest.mark.parametrize("mistake", [m for m in MISTAKES if not m.needs_values], ids=str)
 def test_message_without_values(mistake: Mistake, path: Callable[..., Any]) -> None:
@@ -187,15 +382,21 @@ def test_message_without_values(mistake: Mistake, path: Callable[..., Any]) -> N
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_devices_must_agree(op: str) -> None:
-    gates = cases.GATES[op]
-    shapes = {"r": (gates, 1, 8, 8), "b": (gates, 1, 8), **dict.fromkeys(cases.STATES[op], (2, 1, 8))}
+    (first, make_first), *rest = GOOD[op].items()
+    shapes = {first: make_first("cpu").shape, **{name: make("cpu").shape for name, make in rest}, **OTHERS[op]}
     for name in shapes:
+        if name == first:
+            continue
         for ours, theirs in (("cpu", "meta"), ("meta", "cpu")):
             change = {n: of(*s, device=theirs if n == name else ours) for n, s in shapes.items()}
-            mistake = Mistake(op, f"{name}: expected wx's device {ours}, got {theirs}", change)
+            mistake = Mistake(op, f"{name}: expected {first}'s device {ours}, got {theirs}", change)
             with refused(mistake):
                 public(op, **arguments(mistake, ours))
-    mistake = Mistake(op, "lengths: expected wx's device cpu, got meta", {"lengths": of(2, device="meta")})
+    if op in rnn.OPERATORS:
+        change = {"lengths": of(2, device="meta")}
+    else:
+        change = (packed if op == "linear_scan" else packed_softmax)(of(2, device="meta"))
+    mistake = Mistake(op, f"{[*change][-1]}: expected {first}'s device cpu, got meta", change)
     with refused(mistake):
         public(op, **arguments(mistake, "cpu"))
 
@@ -212,6 +413,21 @@ def test_good_edges_are_accepted() -> None:
     ):
         h, h_n = seqops.elman(wx, r, **options)
         assert [*h.shape] == [2, 5, 1, 1] and [*h_n.shape] == [2, 1, 1]
+
+
+def test_good_edges_of_scans_are_accepted() -> None:
+    """No channel dimension, no sequence, only empty ones, and gates of every dtype that is precise enough."""
+    one = torch.zeros(1, 0)
+    for values in ((0,), (0, 0), (0, 0, 0)):
+        cu_seqlens = torch.tensor(values)
+        h, last = seqops.linear_scan(one, one[:, :1], cu_seqlens=cu_seqlens)
+        assert [*h.shape] == [1, 0] and [*last.shape] == [len(values) - 1]
+        o, lse = seqops.softmax_scan(one[..., None].expand(1, 0, 2), torch.zeros(1, 0, 2, 3), cu_seqlens=cu_seqlens)
+        assert [*o.shape] == [1, 0, 2, 3] and [*lse.shape] == [1, 0, 2]
+    for dtype, gates in scan.GATES.items():
+        for gate in gates:
+            case = scan.example("linear_scan", dtype=dtype, gate_dtype=gate)
+            assert [o.dtype for o in case.operator(**case.inputs())] == case.output_dtypes
 
 
 def test_unknown_backend() -> None:

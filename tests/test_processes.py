@@ -9,7 +9,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case
+from cases.rnn import OPERATORS, Case
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,7 +21,7 @@ PACKAGE = Path(seqops.__file__).parent
 def shared_cases() -> list[Case]:
     return [
         Case(op, B=B, T=20, H=2, D=D, dtype=dtype, lengths=B > 1)
-        for op in cases.OPERATORS
+        for op in OPERATORS
         for B, D in ((1, 33), (5, 16))
         for dtype in (torch.float32, torch.bfloat16)
     ]
@@ -46,7 +46,7 @@ class Sequences(Dataset[Tensor]):
     """Item i is the output of an operator that runs, forward and backward, inside the worker."""
 
     def __init__(self) -> None:
-        self.cases = [Case(op, B=3, T=9, H=2, D=D) for op in cases.OPERATORS for D in (16, 257)]
+        self.cases = [Case(op, B=3, T=9, H=2, D=D) for op in OPERATORS for D in (16, 257)]
 
     def __len__(self) -> int:
         return len(self.cases)

@@ -4,13 +4,14 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cases
 import pytest
 import torch
-from cases import Case, params
+from cases.rnn import GATES, OPERATORS, STATES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,18 +19,14 @@ from torch import Tensor
 import seqops
 from seqops.rnn import reference
 
-CELLS = [*((op, "tanh") for op in cases.OPERATORS), ("elman", "relu")]
+CELLS = [*((op, "tanh") for op in OPERATORS), ("elman", "relu")]
+params = partial(cases.params, operators=OPERATORS)
 TORCH_MODULES = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "elman": torch.nn.RNN}
-
-
-def operator(case: Case) -> Callable[..., tuple[Tensor, ...]]:
-    return getattr(seqops, case.op)
 
 
 def results(case: Case, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Outputs and gradients of one call of the operator."""
-    function = operator(case)
-    return cases.evaluate(function, inputs, case.cotangents(function(**inputs)))
+    return cases.evaluate(case.operator, inputs, case.cotangents)
 
 
 # ---------------------------------------------------------------- the reference itself
@@ -37,7 +34,7 @@ def results(case: Case, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 def through_torch_nn(case: Case) -> Callable[..., tuple[Tensor, ...]]:
     """torch.nn's module as the operator: with the identity as input weight its input projection is wx."""
-    gates, options = cases.GATES[case.op], {"nonlinearity": case.nonlinearity} if case.op == "elman" else {}
+    gates, options = GATES[case.op], {"nonlinearity": case.nonlinearity} if case.op == "elman" else {}
     module = TORCH_MODULES[case.op](gates * case.D, case.D, batch_first=True, dtype=case.dtype, **options)
 
     def call(
@@ -84,8 +81,7 @@ def step_loop(case: Case) -> Callable[..., tuple[Tensor, ...]]:
         **given: Tensor,
     ) -> tuple[Tensor, ...]:
         absent = {
-            name: wx.new_full((case.B, case.H, case.D), -math.inf if name == "m0" else 0.0)
-            for name in cases.STATES[case.op]
+            name: wx.new_full((case.B, case.H, case.D), -math.inf if name == "m0" else 0.0) for name in STATES[case.op]
         }
         state = [given.get(name, absent[name]).to(case.dtype) for name in absent]
         valid = torch.arange(case.T) < (torch.full((case.B,), case.T) if lengths is None else lengths)[:, None]
@@ -107,12 +103,12 @@ def step_loop(case: Case) -> Callable[..., tuple[Tensor, ...]]:
 def test_reference_is_torch_nn(op: str, nonlinearity: str, reverse: bool) -> None:
     case = Case(op, B=3, T=7, D=5, dtype=torch.float64, reverse=reverse, nonlinearity=nonlinearity)
     inputs = case.inputs()
-    cotangents = case.cotangents(reference_of(case)(**inputs))
+    cotangents = case.cotangents(case.reference(**inputs))
     expected = cases.evaluate(through_torch_nn(case), inputs, cotangents)
-    cases.assert_within(cases.evaluate(reference_of(case), inputs, cotangents), expected, 1e-14)
+    cases.assert_within(cases.evaluate(case.reference, inputs, cotangents), expected, 1e-14)
 
 
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_reference_gradients_are_numerical(op: str) -> None:
     case = Case(op, B=3, T=3, H=2, D=2, dtype=torch.float64, lengths=True, reverse=True)
     inputs = case.inputs()
@@ -121,14 +117,10 @@ def test_reference_gradients_are_numerical(op: str) -> None:
         inputs["wx"].nan_to_num_(0.0)
 
     def call(*values: Tensor) -> tuple[Tensor, ...]:
-        return reference_of(case)(**(inputs | dict(zip(leaves, values, strict=True))))
+        return case.reference(**(inputs | dict(zip(leaves, values, strict=True))))
 
     assert torch.autograd.gradcheck(call, (*leaves.values(),))
     assert torch.autograd.gradgradcheck(call, (*leaves.values(),))
-
-
-def reference_of(case: Case) -> Callable[..., tuple[Tensor, ...]]:
-    return getattr(reference, case.op)
 
 
 # ---------------------------------------------------------------- values and gradients
@@ -153,42 +145,38 @@ def narrow_bounds(
 def test_values_and_gradients(case: Case) -> None:
     """Every output and the gradient of every input, for random gradients of every output."""
     inputs = case.inputs()
-    outputs = operator(case)(**inputs)
-    assert [o.dtype for o in outputs] == [case.dtype] + [case.state_dtype] * len(cases.STATES[case.op])
+    outputs = case.operator(**inputs)
+    assert [o.dtype for o in outputs] == case.output_dtypes
     cotangents = case.cotangents(outputs)
     exact = cases.exact_results(case, inputs, cotangents)
     if case.dtype in cases.WIDE or case.B * case.T == 0:
         bound = case.tolerance() if case.dtype in cases.WIDE else torch.finfo(case.dtype).eps
     else:
         bound = narrow_bounds(case, inputs, cotangents, exact)
-    cases.assert_within(cases.evaluate(operator(case), inputs, cotangents), exact, bound)
+    cases.assert_within(cases.evaluate(case.operator, inputs, cotangents), exact, bound)
 
 
 @pytest.mark.parametrize("case", params("sanitize", where=lambda case: case.dtype in cases.WIDE))
 def test_each_output_alone(case: Case) -> None:
     """The gradients of one output at a time: the others have none, which is not the same as zeros."""
     inputs = case.inputs()
-    outputs = operator(case)(**inputs)
+    outputs = case.operator(**inputs)
     for position, cotangent in enumerate(case.cotangents(outputs)):
-        exact = cases.evaluate(only(position, reference_of(case)), cases.in_float64(inputs), [cotangent])
-        got = cases.evaluate(only(position, operator(case)), inputs, [cotangent])
+        exact = cases.evaluate(cases.only(position, case.reference), cases.in_float64(inputs), [cotangent])
+        got = cases.evaluate(cases.only(position, case.operator), inputs, [cotangent])
         cases.assert_within(got, exact, case.tolerance())
 
 
-def only(position: int, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor]]:
-    return lambda **inputs: (function(**inputs)[position],)
-
-
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("without", ["wx", "r", "b", "states"])
 def test_some_inputs_need_no_gradient(op: str, without: str) -> None:
     """The gradients of the other inputs are the same bits."""
     case = Case(op, B=3, T=5, H=2, D=16)
     inputs = case.inputs()
     whole = results(case, inputs)
-    for name in cases.STATES[op] if without == "states" else [without]:
+    for name in STATES[op] if without == "states" else [without]:
         inputs[name] = inputs[name].detach()
-    outputs = operator(case)(**inputs)
+    outputs = case.operator(**inputs)
     leaves = {name: value for name, value in cases.differentiable(inputs).items() if value.requires_grad}
     gradients = torch.autograd.grad(outputs, [*leaves.values()], case.cotangents(outputs))
     cases.assert_same_bits(
@@ -211,15 +199,15 @@ def test_states_are_carried_in_float32(op: str, dtype: torch.dtype) -> None:
         assert cases.error(state, expected) <= 1e-4
 
 
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_saturated_gates_over_ten_thousand_steps(op: str) -> None:
     """Nothing overflows or drifts: float32 stays near float64, whose own values the other tests hold."""
     generator = torch.Generator().manual_seed(0)
-    wx = torch.randn(2, 10_000, cases.GATES[op], 2, 8, generator=generator) * 20
+    wx = torch.randn(2, 10_000, GATES[op], 2, 8, generator=generator) * 20
     if op == "slstm":
         wx[:, :, 0] = wx[:, :, 0].clamp(-80, 80)
         wx[0, ::7, 0], wx[0, 3::7, 0] = 80.0, -80.0
-    r = torch.randn(cases.GATES[op], 2, 8, 8, generator=generator) / 8**0.5
+    r = torch.randn(GATES[op], 2, 8, 8, generator=generator) / 8**0.5
     inputs = {"wx": wx.requires_grad_(), "r": r.requires_grad_()}
     outputs = getattr(seqops, op)(**inputs)
     cotangents = [torch.randn(o.shape, generator=generator) for o in outputs]
@@ -261,8 +249,8 @@ def test_slstm_edges(edge: str) -> None:
     outputs = reference.slstm(**inputs)
     for position in range(len(outputs)):
         cotangent = torch.ones_like(outputs[position])
-        exact = cases.evaluate(only(position, reference.slstm), inputs, [cotangent])
-        got = cases.evaluate(only(position, seqops.slstm), inputs, [cotangent])
+        exact = cases.evaluate(cases.only(position, reference.slstm), inputs, [cotangent])
+        got = cases.evaluate(cases.only(position, seqops.slstm), inputs, [cotangent])
         assert all(not value.isnan().any() for value in exact.values())
         cases.assert_within(got, exact, 1e-14)
 
@@ -279,8 +267,8 @@ def in_pieces(case: Case, cuts: Sequence[int]) -> Callable[..., tuple[Tensor, ..
         outputs = {}
         for start, stop in reversed(pieces) if case.reverse else pieces:
             within = {} if lengths is None else {"lengths": (lengths - start).clamp(0, stop - start)}
-            outputs[start, stop], *states = operator(case)(wx[:, start:stop], **arguments, **within)
-            arguments |= dict(zip(cases.STATES[case.op], states, strict=True))
+            outputs[start, stop], *states = case.operator(wx[:, start:stop], **arguments, **within)
+            arguments |= dict(zip(STATES[case.op], states, strict=True))
         return torch.cat([outputs[piece] for piece in pieces], 1), *states
 
     return call
@@ -289,35 +277,33 @@ def in_pieces(case: Case, cuts: Sequence[int]) -> Callable[..., tuple[Tensor, ..
 @pytest.mark.parametrize("cuts", [[0], [1], [18], [36], [37], [5, 5, 20]], ids=str)
 @pytest.mark.parametrize("grad_clip", [None, 0.05])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_pieces_equal_whole(op: str, reverse: bool, grad_clip: float | None, cuts: list[int]) -> None:
     """Forward and gradients, whatever the states carried over and wherever the cut lies in a row."""
     case = Case(op, B=4, T=37, H=2, D=16, lengths=True, reverse=reverse, grad_clip=grad_clip)
     inputs = case.inputs()
-    cotangents = case.cotangents(operator(case)(**inputs))
-    whole = cases.evaluate(operator(case), inputs, cotangents)
-    cases.assert_within(cases.evaluate(in_pieces(case, cuts), inputs, cotangents), in_double(whole), case.tolerance())
-
-
-def in_double(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.double() for name, value in values.items()}
+    cotangents = case.cotangents(case.operator(**inputs))
+    whole = cases.evaluate(case.operator, inputs, cotangents)
+    cases.assert_within(
+        cases.evaluate(in_pieces(case, cuts), inputs, cotangents), cases.in_double(whole), case.tolerance()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_single_steps_equal_one_call(op: str, reverse: bool, dtype: torch.dtype) -> None:
     case = Case(op, B=3, T=9, H=2, D=16, reverse=reverse, dtype=dtype)
     inputs = case.inputs()
     with torch.no_grad():
-        whole, steps = operator(case)(**inputs), in_pieces(case, range(1, case.T))(**inputs)
+        whole, steps = case.operator(**inputs), in_pieces(case, range(1, case.T))(**inputs)
     bound = case.tolerance() if dtype == torch.float32 else torch.finfo(dtype).eps
     assert all(cases.error(got, expected.double()) <= bound for got, expected in zip(steps, whole, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("D", [3, 64, 100])
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_rows_depend_on_nothing_but_themselves(op: str, D: int, dtype: torch.dtype) -> None:
     """A row alone, among few and among many is the same bits, outputs and gradients.
 
@@ -325,9 +311,9 @@ def test_rows_depend_on_nothing_but_themselves(op: str, D: int, dtype: torch.dty
     """
     case = Case(op, B=17, T=20, H=2, D=D, dtype=dtype)
     inputs = case.inputs()
-    function = operator(case)
+    function = case.operator
     cotangents = case.cotangents(function(**inputs))
-    by_row = ["wx", *cases.STATES[op]]
+    by_row = ["wx", *STATES[op]]
 
     def part(rows: slice) -> dict[str, Tensor]:
         taken = {name: inputs[name][rows].detach().requires_grad_() for name in by_row}
@@ -340,18 +326,18 @@ def test_rows_depend_on_nothing_but_themselves(op: str, D: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_padded_batch_equals_separate_sequences(op: str, reverse: bool) -> None:
     """Outputs and the gradients of each row's own inputs; r and b gather the sum over the sequences."""
     case = Case(op, B=7, T=12, H=2, D=16, lengths=True, reverse=reverse, grad_clip=0.2)
     inputs = case.inputs()
-    function = operator(case)
+    function = case.operator
     cotangents = case.cotangents(function(**inputs))
     whole = cases.evaluate(function, inputs, cotangents)
     lengths = inputs.pop("lengths")
     sums = {"dr": torch.zeros_like(whole["dr"]), "db": torch.zeros_like(whole["db"])}
     for row, length in enumerate(lengths.tolist()):
-        taken = {name: inputs[name][row : row + 1].detach().requires_grad_() for name in cases.STATES[op]}
+        taken = {name: inputs[name][row : row + 1].detach().requires_grad_() for name in STATES[op]}
         taken["wx"] = inputs["wx"][row : row + 1, :length].detach().requires_grad_()
         mine = [cotangents[0][row : row + 1, :length], *(c[row : row + 1] for c in cotangents[1:])]
         alone = cases.evaluate(function, inputs | taken, mine)
@@ -363,7 +349,7 @@ def test_padded_batch_equals_separate_sequences(op: str, reverse: bool) -> None:
                 assert not cut[:, length:].count_nonzero(), f"{name} is not zero in the padding of row {row}"
                 cut = cut[:, :length]
             assert cases.error(cut, value.double()) <= case.tolerance(), f"{name}, row {row} of length {length}"
-    cases.assert_within({name: whole[name] for name in sums}, in_double(sums), case.tolerance())
+    cases.assert_within({name: whole[name] for name in sums}, cases.in_double(sums), case.tolerance())
 
 
 @pytest.mark.parametrize("place", ["wx", "h0"])
@@ -381,7 +367,7 @@ def test_nan_stays_in_its_row_and_head(op: str, nonlinearity: str, place: str) -
             inputs["h0"][row, head] = torch.nan
     got = results(case, inputs)
     assert got["0"][row, step:, head].isnan().all()
-    for state in range(1, 1 + len(cases.STATES[op])):
+    for state in range(1, 1 + len(STATES[op])):
         assert got[str(state)][row, head].isnan().all()
     assert got["dr"][:, head].isnan().any()
     if nonlinearity == "tanh":  # relu passes the gradient on, whatever the value
@@ -403,17 +389,17 @@ def test_nan_stays_in_its_row_and_head(op: str, nonlinearity: str, place: str) -
 def test_values_that_are_not_finite(op: str, nonlinearity: str, value: float) -> None:
     """In one gate at the last step: every output is as infinite or as NaN as the reference's."""
     case = Case(op, B=2, T=3, H=2, D=5, dtype=torch.float64, nonlinearity=nonlinearity)
-    for gate in range(cases.GATES[op]):
+    for gate in range(GATES[op]):
         inputs = case.inputs()
         with torch.no_grad():
             inputs["wx"][1, 2, gate] = value
-            exact, got = reference_of(case)(**inputs), operator(case)(**inputs)
+            exact, got = case.reference(**inputs), case.operator(**inputs)
         for position, expected in enumerate(exact):
             assert cases.error(got[position], expected) <= case.tolerance(), f"output {position}, gate {gate}"
 
 
 @given(
-    op=st.sampled_from(cases.OPERATORS),
+    op=st.sampled_from(OPERATORS),
     B=st.integers(0, 9),
     T=st.integers(0, 12),
     H=st.integers(1, 3),
@@ -429,9 +415,9 @@ def test_any_shape_and_any_cuts(cuts: list[int], **shape: Any) -> None:
     """Whole and in pieces, against the reference."""
     case = Case(**shape, dtype=torch.float64)
     inputs = case.inputs()
-    cotangents = case.cotangents(operator(case)(**inputs))
+    cotangents = case.cotangents(case.operator(**inputs))
     exact = cases.exact_results(case, inputs, cotangents)
-    cases.assert_within(cases.evaluate(operator(case), inputs, cotangents), exact, case.tolerance())
+    cases.assert_within(cases.evaluate(case.operator, inputs, cotangents), exact, case.tolerance())
     pieces = in_pieces(case, [min(cut, case.T) for cut in cuts])
     cases.assert_within(cases.evaluate(pieces, inputs, cotangents), exact, case.tolerance())
 
@@ -444,7 +430,7 @@ def test_two_runs_and_two_backwards_are_bit_equal(case: Case) -> None:
     inputs = case.inputs()
     first, second = results(case, inputs), results(case, inputs)
     cases.assert_same_bits(second, first)
-    outputs, leaves = operator(case)(**inputs), cases.differentiable(inputs)
+    outputs, leaves = case.operator(**inputs), cases.differentiable(inputs)
     cotangents = case.cotangents(outputs)
     for _ in range(2):
         gradients = torch.autograd.grad(
@@ -456,18 +442,18 @@ def test_two_runs_and_two_backwards_are_bit_equal(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*cases.WIDE, *cases.NARROW], ids=str)
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_training_and_clipping_leave_the_forward_alone(op: str, dtype: torch.dtype) -> None:
     case = Case(op, B=5, T=9, H=2, D=17, dtype=dtype)
     inputs = case.inputs()
     with torch.no_grad():
-        expected = operator(case)(**inputs)
+        expected = case.operator(**inputs)
     for clip in (None, 0.0, 1e-3, math.inf):
-        got = operator(case)(**(inputs | {"grad_clip": clip}))
+        got = case.operator(**(inputs | {"grad_clip": clip}))
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_zero_clip_cuts_time(op: str) -> None:
     """With grad_clip = 0 no gradient of h crosses a step, so h0 gets none; without a clip it does."""
     case = Case(op, B=2, T=4, H=2, D=5, grad_clip=0.0)
@@ -486,7 +472,7 @@ def test_zero_clip_cuts_time(op: str) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_number_of_threads_changes_no_bit(op: str, dtype: torch.dtype, shape: dict[str, int]) -> None:
     case = Case(op, T=5, dtype=dtype, **shape)
     inputs = case.inputs()
@@ -495,11 +481,11 @@ def test_number_of_threads_changes_no_bit(op: str, dtype: torch.dtype, shape: di
     double = results(case, inputs)
     # dr and db are torch's own product and sum, whose order is torch's affair.
     cases.assert_same_bits(double, {name: value for name, value in single.items() if name not in ("dr", "db")})
-    cases.assert_within(double, in_double(single), 1e-5 if dtype == torch.float32 else 1e-2)
+    cases.assert_within(double, cases.in_double(single), 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("T", [0, 5])
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_outputs_are_new_memory(op: str, T: int) -> None:
     """Contiguous, and shared neither with an input nor with each other, even where nothing is computed."""
     inputs = Case(op, B=3, T=T, H=2, D=4).inputs()
@@ -512,7 +498,7 @@ def test_outputs_are_new_memory(op: str, T: int) -> None:
     assert all(torch.equal(inputs[name], value) for name, value in before.items())
     assert all((output == 7.0).all() for output in outputs)
     if T == 0:
-        for output, name in zip(getattr(seqops, op)(**inputs)[1:], cases.STATES[op], strict=True):
+        for output, name in zip(getattr(seqops, op)(**inputs)[1:], STATES[op], strict=True):
             assert torch.equal(output, inputs[name])
 
 
@@ -520,7 +506,7 @@ SAVED_PER_UNIT = {"lstm": 5, "gru": 4, "slstm": 7, "elman": 0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_what_the_backward_keeps(op: str, dtype: torch.dtype) -> None:
     """Beyond inputs and outputs: so many values a unit and step, in the storage dtype."""
     case = Case(op, B=3, T=50, H=2, D=16, dtype=dtype)
@@ -532,7 +518,7 @@ def test_what_the_backward_keeps(op: str, dtype: torch.dtype) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = operator(case)(**inputs)
+        outputs = case.operator(**inputs)
     for tensor in (*outputs, *cases.differentiable(inputs).values()):
         saved.pop(tensor.untyped_storage().data_ptr(), None)
     assert sum(saved.values()) <= SAVED_PER_UNIT[op] * outputs[0].numel() * dtype.itemsize

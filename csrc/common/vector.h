@@ -118,16 +118,37 @@ SEQOPS_INLINE Halves narrow(float16, Vector<float> value) {
 
 // ---- memory: `n` valid elements, LANES or fewer; what lies past them is neither read nor written
 
+#if defined(__AVX512F__)
+SEQOPS_INLINE uint32_t first_lanes(int64_t n) { return (uint32_t{1} << n) - 1; }
+#elif defined(__AVX2__)
+template <class T>
+SEQOPS_INLINE __m256i first_lanes(int64_t n) {
+  Bits<T> lanes;
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES<T>; ++i) lanes[i] = i;
+  return (__m256i)(lanes < (Bits<T>{} + static_cast<decltype(lanes[0] + 0)>(n)));
+}
+#endif
+
 template <class V, class S>
 SEQOPS_INLINE V load_raw(const S* p, int64_t n) {
   V value = {};
   if (n * sizeof(S) >= sizeof(V)) {
     __builtin_memcpy(&value, p, sizeof(V));
-  } else {
-    S lanes[sizeof(V) / sizeof(S)] = {};
-    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
-    __builtin_memcpy(&value, lanes, sizeof(V));
+    return value;
   }
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 2 && sizeof(V) == 32) return (V)_mm256_maskz_loadu_epi16(first_lanes(n), p);
+  if constexpr (sizeof(S) == 2 && sizeof(V) == 64) return (V)_mm512_maskz_loadu_epi16(first_lanes(n), p);
+  if constexpr (sizeof(S) == 4) return (V)_mm512_maskz_loadu_ps(first_lanes(n), p);
+  if constexpr (sizeof(S) == 8) return (V)_mm512_maskz_loadu_pd(first_lanes(n), p);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) return (V)_mm256_maskload_ps((const float*)p, first_lanes<float>(n));
+  if constexpr (sizeof(S) == 8) return (V)_mm256_maskload_pd((const double*)p, first_lanes<double>(n));
+#endif
+  S lanes[sizeof(V) / sizeof(S)] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  __builtin_memcpy(&value, lanes, sizeof(V));
   return value;
 }
 
@@ -135,11 +156,21 @@ template <class V, class S>
 SEQOPS_INLINE void store_raw(S* p, V value, int64_t n) {
   if (n * sizeof(S) >= sizeof(V)) {
     __builtin_memcpy(p, &value, sizeof(V));
-  } else {
-    S lanes[sizeof(V) / sizeof(S)];
-    __builtin_memcpy(lanes, &value, sizeof(V));
-    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+    return;
   }
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 2 && sizeof(V) == 32) {
+    return _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)value);
+  }
+  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)value);
+  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, first_lanes(n), (__m512d)value);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) return _mm256_maskstore_ps((float*)p, first_lanes<float>(n), (__m256)value);
+  if constexpr (sizeof(S) == 8) return _mm256_maskstore_pd((double*)p, first_lanes<double>(n), (__m256d)value);
+#endif
+  S lanes[sizeof(V) / sizeof(S)];
+  __builtin_memcpy(lanes, &value, sizeof(V));
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
 template <class S>
@@ -310,6 +341,20 @@ SEQOPS_INLINE Vector<T> log_sigmoid(Vector<T> x) {
   const Vector<T> s = u / (u + static_cast<T>(2));
   const Vector<T> log1p = (s + s) * polynomial<T>(Constants<T>::LOG1P, s * s);
   return at_most<T>(x, static_cast<T>(0)) - log1p;
+}
+
+// For x in [1, most]: x = 2^n f with f in [sqrt(1/2), sqrt(2)), log(f) = 2 atanh((f - 1) / (f + 1)); NaN and Inf pass.
+template <class T>
+SEQOPS_INLINE Vector<T> log(Vector<T> x) {
+  using K = Constants<T>;
+  const Bits<T> bits = (Bits<T>)x;
+  const Bits<T> half = (Bits<T>)constant<T>(0.70710678118654752);
+  const Bits<T> n = (bits - half) >> K::MANTISSA;
+  const Vector<T> f = (Vector<T>)(bits - (n << K::MANTISSA));
+  const Vector<T> s = (f - static_cast<T>(1)) / (f + static_cast<T>(1));
+  const Vector<T> exponent = __builtin_convertvector(n, Vector<T>);
+  const Vector<T> value = exponent * K::LN2_HIGH + ((s + s) * polynomial<T>(K::LOG1P, s * s) + exponent * K::LN2_LOW);
+  return (x - x) == static_cast<T>(0) ? value : x;
 }
 
 template <class T>

@@ -41,11 +41,6 @@ const CellKernels& kernels(Cell cell) { return *kernels_in_use().cells[static_ca
 
 // ---- checks
 
-bool is_storage(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-         dtype == ScalarType::Half;
-}
-
 Storage storage_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double: return Storage::float64;
@@ -54,8 +49,6 @@ Storage storage_of(ScalarType dtype) {
     default: return Storage::float32;
   }
 }
-
-ScalarType real_of(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
 struct Shape {
   int64_t B, T, H, D;
@@ -144,13 +137,6 @@ Tensor in_order(const Tensor& t, bool time_is_first) {
 Tensor last_dimension_dense(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.stride(last) == 1 || t.size(last) == 1 ? t : torch::stable::contiguous(t);
-}
-
-// A state in Real, contiguous, or nothing.
-Optional real_state(const Optional& t, ScalarType real) {
-  if (!t) return t;
-  const Tensor converted = t->scalar_type() == real ? *t : torch::stable::to(*t, real);
-  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
 // A fresh state tensor: a copy of `initial`, or filled with `otherwise`. Small, so filled without calling torch.
@@ -279,7 +265,7 @@ ForwardResult forward(Cell cell, const Tensor& wx, const Tensor& r, const Option
   }
   if (s.B == 0 || s.T == 0) return out;
 
-  const Optional bias = real_state(b, real);
+  const Optional bias = dense(b, real);
   Run run(cell, wx, s, r, row_lengths, /*backward=*/false);
   Forward a = {};
   run.fill(a, s, reverse, time_is_first);
@@ -383,9 +369,9 @@ BackwardResult backward(Cell cell, const BackwardInputs& in, const Optional& len
   std::vector<Optional> states;  // keeps what the pointers below point to
   states.reserve(in.initial.size() + in.final.size());
   for (size_t i = 0; i < in.initial.size(); ++i) {
-    a.initial[i] = data(states.emplace_back(real_state(in.initial[i], real)));
+    a.initial[i] = data(states.emplace_back(dense(in.initial[i], real)));
   }
-  for (size_t i = 0; i < in.final.size(); ++i) a.final[i] = data(states.emplace_back(real_state(in.final[i], real)));
+  for (size_t i = 0; i < in.final.size(); ++i) a.final[i] = data(states.emplace_back(dense(in.final[i], real)));
   for (size_t i = 0; i < out.dstates.size(); ++i) a.dstate[i] = out.dstates[i].mutable_data_ptr();
   a.cache = data(cache);
   a.cache_state = data(cache_state);

@@ -2,7 +2,10 @@
 
 The CPU key of every operator holds a C++ kernel. The first use of `backend(...)` takes those kernels out and puts
 Python kernels in their place, which look at a context variable and fall back to C++. Whoever never forces a backend
-pays nothing, and forcing works where the Autograd key is not consulted (inference_mode) and per thread.
+pays nothing, and forcing works where the Autograd key is not consulted (inference_mode) and per thread. The CUDA key
+holds a Python kernel that takes the forced backend, or the first of GPU_BACKENDS that works on this machine.
+
+Modules of the GPU backends are imported when they are first used: `import seqops` loads neither Triton nor CuPy.
 """
 
 from __future__ import annotations
@@ -12,12 +15,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from . import launch
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 NATIVE = {"cpu": "CPU"}  # backends whose kernels are C++, registered on a dispatch key by the extension
+GPU_BACKENDS = ("cuda", "triton")  # the first that works here serves CUDA tensors
 
 library = torch.library.Library("seqops", "FRAGMENT")
 
@@ -42,6 +51,32 @@ def provide(
         _part_of[op_name] = part_of
 
 
+def provide_module(
+    op_name: str, module: str, *, check: Callable[..., None] | None = None, part_of: str | None = None
+) -> None:
+    """Declare that the functions named `op_name` of `module`'s Triton and CUDA submodules serve an operator.
+
+    Args:
+        check: called first, with the arguments: raises for those that the operator refuses.
+        part_of: as for `provide`.
+    """
+    for name in GPU_BACKENDS:
+
+        def call(*args: Any, _name: str = name, **kwargs: Any) -> Any:
+            if check is not None:
+                check(*args, **kwargs)
+            return getattr(import_module(f"{module}.{_name}"), op_name)(*args, **kwargs)
+
+        provide(op_name, name, call, part_of=part_of)
+
+
+def kernels() -> list[tuple[str, str, str]]:
+    """What the GPU backends have kernels for, on whatever machine: registered operator, public operator, backend."""
+    return [
+        (op, _part_of.get(op, op), name) for op, served in _served.items() for name in GPU_BACKENDS if name in served
+    ]
+
+
 def current() -> str | None:
     """The forced backend of this thread and context, or None."""
     return _forced.get()
@@ -63,6 +98,13 @@ def backend(name: str) -> Iterator[None]:
     check_name(name)
     for op_name in _served:
         _make_switchable(op_name)
+    with resume(name):
+        yield
+
+
+@contextmanager
+def resume(name: str | None) -> Iterator[None]:
+    """The forced backend `name` again, in another thread: autograd runs the backward of CUDA tensors in its own."""
     token = _forced.set(name)
     try:
         yield
@@ -88,11 +130,39 @@ def read_environment() -> None:
         _make_switchable(op_name)
 
 
-def reason_missing(op_name: str, name: str) -> str | None:
-    """Why a backend does not serve an operator on this machine, or None where it does."""
-    if name in _served.get(op_name, {}):
+def reason_missing(op_name: str, name: str, device: str | None = None) -> str | None:
+    """Why a backend does not serve an operator on this machine, or None where it does.
+
+    Args:
+        device: "cpu" or "cuda": for tensors of that device. None: for any.
+    """
+    if name not in _served.get(op_name, {}):
+        return f"no {name} kernel in this release"
+    if name not in GPU_BACKENDS:
         return None
-    return f"no {name} kernel in this release"
+    on_gpu, on_cpu = {"triton": _triton_reasons, "cuda": _cuda_reasons}[name]()
+    if device is not None:
+        return on_gpu if device == "cuda" else on_cpu
+    return on_gpu and on_cpu and f"{on_gpu}; {on_cpu}"
+
+
+def _cuda_reasons() -> tuple[str | None, str | None]:
+    """Why CUDA C++ kernels serve no CUDA tensors, and why they serve no CPU tensors."""
+    return launch.reason_missing(), launch.reason_not_simulated()
+
+
+def _triton_reasons() -> tuple[str | None, str | None]:
+    if not _installed("triton"):
+        return ("Triton is not installed",) * 2
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 interprets Triton kernels on the CPU", None
+    on_gpu = None if torch.cuda.is_available() else "torch finds no CUDA device"
+    return on_gpu, "the environment variable TRITON_INTERPRET is not set (to 1)"
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def table() -> dict[str, dict[str, str | None]]:
@@ -102,31 +172,46 @@ def table() -> dict[str, dict[str, str | None]]:
 
 def serve_python(op_name: str, *args: Any, **kwargs: Any) -> Any:
     """Call the forced backend's Python function, or raise with the reason why there is none."""
-    name = current()
+    name, device = current(), _device_of(args)
     function = _served.get(op_name, {}).get(name) if name is not None else None
-    if function is None:
-        raise RuntimeError(refusal(op_name, name))
+    if function is None or (name in GPU_BACKENDS and reason_missing(op_name, name, device) is not None):
+        raise RuntimeError(refusal(op_name, name, device))
     return function(*args, **kwargs)
 
 
-def refusal(op_name: str, name: str | None, device: str | None = None) -> str:
+def refusal(op_name: str, name: str | None, device: str) -> str:
     """The text of the error where no kernel can serve a call."""
-    op_name = _part_of.get(op_name, op_name)
-    exist = "backends that exist: " + ", ".join(other for other in BACKENDS if other in _served.get(op_name, {}))
+    public = _part_of.get(op_name, op_name)
+    exist = "backends that exist: " + ", ".join(other for other in BACKENDS if other in _served.get(public, {}))
     if name is None:
-        return f"seqops::{op_name}: no kernel for {device} tensors in this release; {exist}"
-    reason = reason_missing(op_name, name) or f"it does not take {device} tensors"
-    return f"seqops::{op_name}: backend {name!r} cannot serve this call: {reason}; {exist}"
+        reasons = [f"{other}: {reason_missing(op_name, other, device)}" for other in GPU_BACKENDS]
+        return f"seqops::{public}: no kernel for {device} tensors ({'; '.join(reasons)}); {exist}"
+    reason = reason_missing(op_name, name, device) or f"it does not take {device} tensors"
+    return f"seqops::{public}: backend {name!r} cannot serve this call: {reason}; {exist}"
+
+
+def _device_of(args: tuple[Any, ...]) -> str:
+    return next((arg.device.type for arg in args if isinstance(arg, torch.Tensor)), "cpu")
 
 
 def register_elsewhere(op: torch._ops.OpOverload) -> None:
-    """The CUDA key, until a GPU backend claims it: the reference where it is forced, else an error that says so."""
+    """The CUDA key: the forced backend, else the first GPU backend that works here, else an error that says why not."""
     op_name = op._schema.name.partition("::")[2]
 
+    @cache
+    def default() -> str | None:
+        return next((name for name in GPU_BACKENDS if reason_missing(op_name, name, "cuda") is None), None)
+
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if current() == "reference":
+        name = current()
+        if name is not None:
+            if name in NATIVE:
+                raise RuntimeError(refusal(op_name, name, "cuda"))
             return serve_python(op_name, *args, **kwargs)
-        raise RuntimeError(refusal(op_name, current(), "cuda"))
+        name = default()
+        if name is None:
+            raise RuntimeError(refusal(op_name, None, "cuda"))
+        return _served[op_name][name](*args, **kwargs)
 
     library.impl(op, kernel, "CUDA")
 

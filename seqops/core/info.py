@@ -10,12 +10,16 @@ import re
 
 import torch
 
-from seqops.core import backend
+from seqops.core import backend, launch
 
 # Distributions looked up by name and never imported: CuPy alone takes a second, and `import seqops` loads neither.
-_OPTIONAL = {"triton": ("triton",), "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
+_OPTIONAL = {
+    "triton": ("triton",),
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+    "nvrtc": ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
+}
 
-_ENVIRONMENT = ("SEQOPS_BACKEND", "SEQOPS_CPU_ISA")
+_ENVIRONMENT = ("SEQOPS_BACKEND", "SEQOPS_SIMULATE", "SEQOPS_CACHE", "SEQOPS_CPU_ISA", "TRITON_INTERPRET")
 
 
 def collect(version: str) -> dict[str, dict]:
@@ -26,8 +30,11 @@ def collect(version: str) -> dict[str, dict]:
 
     Returns:
         `versions`: package -> version, or None where it is not installed; `cpu`: model, cores, instruction_set,
-        threads, parallel_backend; `gpus`: device -> name, compute_capability, memory_gib; `environment`: the variables
-        of seqops that are set; `operators`: operator -> backend -> None where it works, else the reason it does not.
+        threads, parallel_backend; `gpus`: device -> name, compute_capability, memory_gib; `gpu_kernels`: `launch`
+        and `simulator` with None where CUDA kernels work that way, else the reason they do not, and `interpreter`,
+        whether Triton's is on; `cache`: folder, files and bytes of compiled kernels; `environment`: the variables that
+        are set, of those that change what runs; `operators`: operator -> backend -> None where it works, else the
+        reason it does not.
     """
     return {
         "versions": _versions(version),
@@ -39,6 +46,12 @@ def collect(version: str) -> dict[str, dict]:
             "parallel_backend": _parallel_backend(),
         },
         "gpus": _gpus(),
+        "gpu_kernels": {
+            "launch": launch.reason_missing(),
+            "simulator": launch.reason_not_simulated(),
+            "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
+        },
+        "cache": _cache(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "operators": backend.table(),
     }
@@ -70,6 +83,13 @@ def _cpu_model() -> str:
 def _parallel_backend() -> str:
     named = re.search(r"ATen parallel backend: (.+)", torch.__config__.parallel_info())
     return named[1].strip() if named else "unknown"
+
+
+def _cache() -> dict[str, str | int]:
+    """The folder of compiled kernels, which need not exist yet, and what lies in it."""
+    folder = launch.cache_folder()
+    sizes = [path.stat().st_size for path in folder.glob("*.*") if path.suffix in (".cubin", ".so")]
+    return {"folder": str(folder), "files": len(sizes), "bytes": sum(sizes)}
 
 
 def _gpus() -> dict[str, dict]:

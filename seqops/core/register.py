@@ -17,7 +17,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from . import backend
+from . import backend as backends
 
 Operator = torch._ops.OpOverload
 
@@ -72,13 +72,17 @@ def register_autograd(
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             ctx.set_materialize_grads(False)
+            ctx.backend = backends.current()
             outputs = compute(inputs)
             save(ctx, inputs, outputs)
             return outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, ctx.saved_tensors, *grads)
+            if ctx.backend == backends.current():
+                return backward(ctx, ctx.saved_tensors, *grads)
+            with backends.resume(ctx.backend):
+                return backward(ctx, ctx.saved_tensors, *grads)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -111,7 +115,7 @@ def register_autograd(
         with enable_single_level_autograd_function():
             return super(torch.autograd.Function, TransformedFormula).apply(*flatten(args, kwargs))
 
-    backend.library.impl(op, _unless_reference(op, kernel), "Autograd")
+    backends.library.impl(op, _unless_reference(op, kernel), "Autograd")
     return kernel
 
 
@@ -129,7 +133,7 @@ def register_training(op: Operator, training: Callable[..., Any]) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, **kwargs)
 
-    backend.library.impl(op, _unless_reference(op, kernel), "Autograd")
+    backends.library.impl(op, _unless_reference(op, kernel), "Autograd")
 
 
 def _unless_reference(op: Operator, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,8 +141,8 @@ def _unless_reference(op: Operator, kernel: Callable[..., Any]) -> Callable[...,
     op_name = _name(op).partition("::")[2]
 
     def switch(*args: Any, **kwargs: Any) -> Any:
-        if backend.current() == "reference" and backend.reason_missing(op_name, "reference") is None:
-            return backend.serve_python(op_name, *args, **kwargs)
+        if backends.current() == "reference" and backends.reason_missing(op_name, "reference") is None:
+            return backends.serve_python(op_name, *args, **kwargs)
         return kernel(*args, **kwargs)
 
     return switch
@@ -175,7 +179,7 @@ def register_autocast(op: Operator, names: Sequence[str]) -> None:
         return kernel
 
     for key, device in AUTOCAST.items():
-        backend.library.impl(op, kernel_for(key, device), key)
+        backends.library.impl(op, kernel_for(key, device), key)
 
 
 def register_vmap(op: Operator, rule: Callable[..., Any]) -> None:
@@ -191,7 +195,7 @@ def register_vmap(op: Operator, rule: Callable[..., Any]) -> None:
             interpreter, lambda info, dims, *flat: rule(info.batch_size, dims, *flat), call, *flatten(args, kwargs)
         )
 
-    backend.library.impl(op, kernel, "FuncTorchBatched")
+    backends.library.impl(op, kernel, "FuncTorchBatched")
 
 
 def fold(value: Tensor, dim: int | None, size: int, into: int) -> Tensor:

@@ -51,6 +51,32 @@ def check_dtype(op: str, argument: str, t: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"{op}: {argument}: expected {expected}, got {name_of(t.dtype)}")
 
 
+def check_type(op: str, argument: str, t: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """`allowed` is told in its order, repetitions left out."""
+    if t.dtype not in allowed:
+        *names, last = dict.fromkeys(name_of(dtype) for dtype in allowed)
+        expected = f"{', '.join(names)} or {last}" if names else last
+        raise ValueError(f"{op}: {argument}: expected {expected}, got {name_of(t.dtype)}")
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, like_name: str, like: Tensor) -> None:
+    """Packed sequences [N + 1] in the one batch row of `like` [1, T, ...]."""
+    if cu_seqlens is None:
+        return
+    expect(like.shape[0] == 1, op, like_name, "batch 1 with cu_seqlens", f"shape {shape_of(like)}")
+    check_device(op, "cu_seqlens", cu_seqlens, like_name, like)
+    check_type(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+    good = cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 1
+    expect(good, op, "cu_seqlens", "1 dimension [N + 1]", f"shape {shape_of(cu_seqlens)}")
+    if has_data(cu_seqlens):
+        edges, steps = cu_seqlens.tolist(), like.shape[1]
+        expect(edges[0] == 0, op, "cu_seqlens", "0 at index 0", str(edges[0]))
+        for i in range(1, len(edges)):
+            got = f"{edges[i]} after {edges[i - 1]} at index {i}"
+            expect(edges[i] >= edges[i - 1], op, "cu_seqlens", "no decrease", got)
+        expect(edges[-1] == steps, op, "cu_seqlens", f"T = {steps} at the end", str(edges[-1]))
+
+
 def check_grad_clip(op: str, grad_clip: float | None) -> None:
     if grad_clip is not None and not grad_clip >= 0:
         raise ValueError(f"{op}: grad_clip: expected a number >= 0, got {grad_clip:g}")

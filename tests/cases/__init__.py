@@ -1,0 +1,75 @@
+"""One table of cases per operator. Every rung of tests reads it and adds nothing.
+
+A case says shapes, dtype, options, memory layout and marks; it makes its own inputs, random gradients of its outputs,
+and the bound its errors must keep. Errors are relative root mean squares against the reference in float64.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import common, rnn, scan
+from .common import (
+    LAYOUTS,
+    NARROW,
+    WIDE,
+    Case,
+    allowance,
+    arrange,
+    assert_same_bits,
+    assert_within,
+    differentiable,
+    error,
+    evaluate,
+    exact_results,
+    in_double,
+    in_float64,
+    only,
+    pairwise,
+    same_bits,
+)
+
+ROOMS = {op: room for room in (rnn, scan) for op in room.OPERATORS}
+OPERATORS = tuple(ROOMS)
+CASES: dict[str, list[Case]] = {op: room.table(op) for op, room in ROOMS.items()}
+
+__all__ = [
+    "CASES",
+    "LAYOUTS",
+    "NARROW",
+    "OPERATORS",
+    "ROOMS",
+    "WIDE",
+    "Case",
+    "allowance",
+    "arrange",
+    "assert_same_bits",
+    "assert_within",
+    "differentiable",
+    "error",
+    "evaluate",
+    "exact_results",
+    "example",
+    "in_double",
+    "in_float64",
+    "only",
+    "pairwise",
+    "params",
+    "rnn",
+    "same_bits",
+    "scan",
+]
+
+
+def example(op: str, **options: Any) -> Case:
+    """A small case of any operator; every room knows B, T, dtype, reverse and layout."""
+    return ROOMS[op].example(op, **options)
+
+
+def params(
+    mark: str | None = None,
+    where: Callable[[Any], bool] = lambda case: True,
+    operators: Sequence[str] = OPERATORS,
+) -> list[Any]:
+    """The cases as pytest parameters with their marks."""
+    chosen = [case for op in operators for case in CASES[op]]
+    return common.parameters(case for case in chosen if (mark is None or mark in case.marks) and where(case))
