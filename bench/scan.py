@@ -270,6 +270,16 @@ def linear(B: int, T: int, C: int, dtype: torch.dtype = torch.float32, **options
     return Shape("linear_scan", B, T, 1, C, dtype, **options)
 
 
+IN_CACHE = (
+    "The tensors of this case fit the cache, where a clone runs above the rate of memory; here the conversion of every "
+    "value to float32 and back, and the weights of each step, take longer than the bytes."
+)
+IN_CACHE_CAUSES = {(SAME_BYTES, mode): IN_CACHE for mode in (FORWARD, BACKWARD, TRAINING)}
+TORCH_SCAN = (
+    "Both make a new output, and the first writing of its pages is most of our time: less than what an addition of the "
+    "same bytes takes, so that more is not to be had here. The goal was set where torch's scan took 14 times as long."
+)
+
 CPU_CASES = [
     make_case(linear(4, 4096, 512), peers=(LOOP,), goals=near_memory(), check_steps=256),
     make_case(
@@ -278,8 +288,15 @@ CPU_CASES = [
         peers=(ASSOCIATIVE,),
         goals={(ASSOCIATIVE, FORWARD): 20},
         modes=(FORWARD,),
+        causes={(ASSOCIATIVE, FORWARD): TORCH_SCAN},
     ),
-    make_case(linear(4, 4096, 512, torch.bfloat16), peers=(LOOP,), goals=near_memory(), check_steps=256),
+    make_case(
+        linear(4, 4096, 512, torch.bfloat16),
+        peers=(LOOP,),
+        goals=near_memory(),
+        causes=IN_CACHE_CAUSES,
+        check_steps=256,
+    ),
     make_case(linear(4, 4096, 256, torch.complex64), goals=near_memory(1 / 1.3, 1 / 1.3), check_steps=256),
     make_case(linear(4, 4096, 512, gate="constant gate"), goals=near_memory(), check_steps=256),
     make_case(Shape("linear_scan", 4, 4096, 8, 64, gate="gate per head"), goals=near_memory(), check_steps=256),
@@ -287,7 +304,12 @@ CPU_CASES = [
     make_case(linear(64, 512, 256), "many rows", goals=near_memory(), check_steps=256),
     make_case(linear(16, 1, 1024, carried=True), "one step", peers=(LOOP,), modes=(INFERENCE,)),
     make_case(Shape("softmax_scan", 4, 4096, 8, 64), peers=(LOOP,), goals=near_memory(0.6, 0.6, 0.6), check_steps=256),
-    make_case(Shape("softmax_scan", 4, 4096, 8, 64, torch.bfloat16), goals=near_memory(0.6, 0.6, 0.6), check_steps=256),
+    make_case(
+        Shape("softmax_scan", 4, 4096, 8, 64, torch.bfloat16),
+        goals=near_memory(0.6, 0.6, 0.6),
+        causes=IN_CACHE_CAUSES,
+        check_steps=256,
+    ),
     make_case(Shape("softmax_scan", 1, 65536, 8, 32), "few heads", goals=near_memory(0.6, 0.6, 0.6), check_steps=256),
 ]
 

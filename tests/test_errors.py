@@ -11,6 +11,7 @@ import cases
 import pytest
 import torch
 from cases import rnn, scan
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqops
@@ -428,6 +429,74 @@ def test_good_edges_of_scans_are_accepted() -> None:
         for gate in gates:
             case = scan.example("linear_scan", dtype=dtype, gate_dtype=gate)
             assert [o.dtype for o in case.operator(**case.inputs())] == case.output_dtypes
+
+
+def of_backward(op: str) -> dict[str, Tensor | None]:
+    """Good arguments of a scan's backward, B = 2, T = 5."""
+    if op == "linear_scan_backward":
+        x = torch.zeros(2, 5, 3)
+        return {"dh": x, "dfinal_state": x[:, 0], "a": x, "h": x, "initial_state": x[:, 0]}
+    s, v = torch.zeros(2, 5, 3), torch.zeros(2, 5, 3, 4)
+    tensors = {"grad_o": v, "grad_lse": s, "s": s, "v": v, "o": v, "m": s, "u": s + 1}
+    return tensors | {"initial_lse": s[:, 0], "initial_out": v[:, 0]}
+
+
+BACKWARD_MISTAKES = [
+    ("linear_scan_backward", {"dh": None, "h": None}, "dh: expected a tensor where h is None, got None"),
+    (
+        "linear_scan_backward",
+        {"h": torch.zeros(2, 5, 3).long()},
+        "h: expected float32, float64, bfloat16, float16, complex64 or complex128, got int64",
+    ),
+    (
+        "linear_scan_backward",
+        {"h": torch.zeros(2, 2, 3)},
+        "a: expected every dimension 1 or as in x [2, 2, 3], got [2, 5, 3]",
+    ),
+    ("linear_scan_backward", {"dh": torch.zeros(2, 5, 1)}, "dh: expected h's shape [2, 5, 3], got [2, 5, 1]"),
+    ("linear_scan_backward", {"dh": torch.zeros(2, 5, 3).double()}, "dh: expected float32, got float64"),
+    (
+        "linear_scan_backward",
+        {"a": torch.zeros(2, 5, 3) + 0j},
+        "h: expected a complex dtype with complex a, got float32",
+    ),
+    (
+        "linear_scan_backward",
+        {"dfinal_state": torch.zeros(2, 4)},
+        "dfinal_state: expected [B, *C] = [2, 3], got [2, 4]",
+    ),
+    (
+        "linear_scan_backward",
+        {"cu_seqlens": torch.tensor([0, 5])},
+        "h: expected batch 1 with cu_seqlens, got shape [2, 5, 3]",
+    ),
+    (
+        "softmax_scan_backward",
+        {"v": torch.zeros(2, 2, 3, 4)},
+        "v: expected [B, T, H] = [2, 5, 3] in front, got [2, 2, 3, 4]",
+    ),
+    ("softmax_scan_backward", {"m": torch.zeros(2, 2, 3)}, "m: expected [B, T, H] = [2, 5, 3], got [2, 2, 3]"),
+    ("softmax_scan_backward", {"u": torch.zeros(2, 5, 3).double()}, "u: expected float32, got float64"),
+    (
+        "softmax_scan_backward",
+        {"o": torch.zeros(2, 5, 3, 1)},
+        "o: expected [B, T, H, D] = [2, 5, 3, 4], got [2, 5, 3, 1]",
+    ),
+    ("softmax_scan_backward", {"grad_o": torch.zeros(2, 5, 3, 4).long()}, "grad_o: expected float32, got int64"),
+    ("softmax_scan_backward", {"initial_out": None}, "initial_out: expected together with initial_lse, got None"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("op", "change", "text"), BACKWARD_MISTAKES, ids=[m[2] for m in BACKWARD_MISTAKES])
+def test_backward_operators_refuse(op: str, change: dict[str, Any], text: str, device: str) -> None:
+    """Our formulas call them; called by others they must not read past a tensor's end."""
+    named = {"cu_seqlens": change["cu_seqlens"].to(device)} if "cu_seqlens" in change else {}
+    changed = {name: value for name, value in change.items() if name != "cu_seqlens"}
+    values = [None if t is None else t.to(device) for t in (of_backward(op) | changed).values()]
+    with pytest.raises(ValueError) as caught:
+        getattr(torch.ops.seqops, op)(*values, **named)
+    assert str(caught.value) == f"{op}: {text}"
 
 
 def test_unknown_backend() -> None:

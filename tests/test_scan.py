@@ -821,6 +821,81 @@ def test_inference_needs_the_memory_of_its_outputs(run_python: Callable[..., str
         assert int(peak) <= int(outputs) + 2**21, f"{name}: {int(peak) / 2**20:.1f} MiB"
 
 
+INF, NAN = math.inf, math.nan
+
+
+def extremes() -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]]:
+    """Inputs whose chunks say less than their steps do: 64 or more values a step, so that time is split."""
+    steps, width = 9000, 32
+    x, gates = torch.zeros(1, steps, width), torch.ones(1, steps, 1)
+    x[:, 1600:1636] = 1
+    gates[:, 1640:1840], gates[:, 1840:1885] = 0.5, 10
+    overflowing = torch.zeros(1, steps, width)
+    overflowing[:, 100], overflowing[:, 4000:4005] = -3.2e38, 1e38
+    s, v = torch.zeros(1, 3000, 4), torch.ones(1, 3000, 4, 64)
+    twice, late, lost = s.clone(), s.clone(), v.clone()
+    twice[:, [100, 1000], 0] = INF
+    late[:, 500:] = 200
+    lost[0, 10, 0, 0] = NAN
+    rising = torch.arange(3000.0).view(1, 3000, 1).expand_as(s)
+    return {
+        "a product that vanished does not grow again": (seqops.linear_scan, (x, gates)),
+        "a chunk by itself overflows": (seqops.linear_scan, (overflowing, torch.ones(1, 1, width))),
+        "+inf in two chunks": (seqops.softmax_scan, (twice, v)),
+        "NaN far below": (seqops.softmax_scan, (late, lost)),
+        "weights that vanish": (seqops.softmax_scan, (rising, v)),
+    }
+
+
+@pytest.mark.parametrize("name", extremes())
+def test_chunks_keep_what_steps_say(name: str) -> None:
+    """Finite, infinite and NaN in the same places, with time split or not; forward, and backward from a late NaN."""
+    function, inputs = extremes()[name]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        first, second = function(*leaves)
+        gradient = torch.zeros_like(first)
+        gradient[:, -10] = NAN
+        found.append([first.detach(), second.detach(), *torch.autograd.grad(first, leaves, gradient)])
+    for alone, together in zip(*found, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", [rungs("softmax_scan")])
+def test_small_weights_are_not_absent(op: str) -> None:
+    """A weight that underflows lets NaN pass, in a value and in a gradient; a score of -inf does not."""
+    s = torch.tensor([0.0, -200.0, -INF, 0.0]).view(1, 4, 1).requires_grad_()
+    for step, seen in ((1, [False, True, True, True]), (2, [False] * 4)):
+        v = torch.ones(1, 4, 1, 1)
+        v[:, step] = NAN
+        assert seqops.softmax_scan(s, v)[0].isnan().flatten().tolist() == seen
+    rising, v = torch.tensor([0.0, 100, 200, 0]).view(1, 4, 1).requires_grad_(), torch.ones(1, 4, 1, 1).requires_grad_()
+    gradient = torch.ones(1, 4, 1, 1)
+    gradient[:, 3] = NAN
+    for found in torch.autograd.grad(seqops.softmax_scan(rising, v)[0], (rising, v), gradient):
+        assert found.isnan().all()
+
+
+@pytest.mark.parametrize("op", [rungs("softmax_scan")])
+def test_infinite_state_of_an_empty_sequence(op: str) -> None:
+    s, v = torch.zeros(1, 3, 1), torch.ones(1, 3, 1, 2)
+    lse, out = torch.zeros(2, 1, requires_grad=True), torch.tensor([[[INF, 1]], [[1, 1]]])
+    o, _ = seqops.softmax_scan(s, v, lse, out, cu_seqlens=torch.tensor([0, 0, 3]))
+    assert torch.autograd.grad(o.sum(), lse)[0].flatten().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("op", [rungs("linear_scan")])
+def test_reset_after_a_half_infinite_number(op: str) -> None:
+    """A real gate's gradient at a reset is 0 where either part of the state before it is not finite."""
+    x = torch.tensor([complex(INF, 2), 1 + 1j]).view(1, 2, 1)
+    a = torch.tensor([1.0, 0.0]).view(1, 2, 1).requires_grad_()
+    h, _ = seqops.linear_scan(x, a)
+    gradient = torch.tensor([0, 3 + 5j]).view(1, 2, 1)
+    assert torch.autograd.grad(h, a, gradient)[0].flatten().tolist() == [0, 0]
+
+
 # ---------------------------------------------------------------- other backends, other instruction sets
 
 SETS = ("baseline", "avx2", "avx512", "avx512_bf16")

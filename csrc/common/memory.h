@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <new>
+#include <stdexcept>
 
 namespace seqops {
 
@@ -19,7 +19,7 @@ class Scratch {
  public:
   Scratch() = default;
   explicit Scratch(int64_t bytes) : data_(std::aligned_alloc(ALIGNMENT, (bytes / ALIGNMENT + 1) * ALIGNMENT)) {
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ == nullptr) throw std::runtime_error("seqops: out of memory");
     prefer_huge_pages(data_.get(), bytes);
   }
   void* get() const { return data_.get(); }

@@ -128,7 +128,6 @@ void Carried::finish() const {
   }
 }
 
-// A fresh state: a copy of `initial`, or zeros.
 Tensor new_state(const Tensor& like, const Sizes& sizes, ScalarType dtype, const Optional& initial) {
   Tensor state = torch::stable::new_empty(like, sizes, dtype);
   if (initial) {

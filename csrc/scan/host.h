@@ -6,7 +6,6 @@
 #include <functional>
 #include <initializer_list>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../common/tensor.h"

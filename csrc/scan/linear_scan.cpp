@@ -1,6 +1,7 @@
 // linear_scan on the CPU: schema, checks, allocation, and the choice of kernel. See scan.h for the notation.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <complex>
 #include <cstring>
@@ -106,14 +107,14 @@ int64_t bytes_of(ScalarType dtype) {
   return dtype == ComplexDouble ? 16 : (dtype == Double || dtype == ComplexFloat ? 8 : (dtype == Float ? 4 : 2));
 }
 
-// The states at the beginnings of the chunks, from the first on: a factor of exactly 0 is a reset. False where a
-// product overflowed; the last slot then has the state behind chunk 0.
+// The states at the beginnings of the chunks, from the first on: a factor of exactly 0 is a reset. False where a chunk by
+// itself is not finite (the whole may be), or its product cannot be said; the last slot then has the state behind chunk 0.
 template <class N>
 bool join_chunks(const Plan::Chunked& chunked, char* carry, char* product, int64_t channels) {
   const auto row = [&](char* data, int64_t i) { return reinterpret_cast<N*>(data) + (chunked.slot + i) * channels; };
   for (int64_t i = 1; i + 1 < chunked.chunks; ++i) {
     for (int64_t c = 0; c < channels; ++c) {
-      if (!std::isfinite(std::abs(row(product, i)[c]))) {
+      if (!std::isfinite(std::abs(row(product, i)[c])) || !std::isfinite(std::abs(row(carry, i)[c]))) {
         std::memcpy(row(carry, chunked.chunks - 1), row(carry, 0), channels * sizeof(N));
         return false;
       }
@@ -141,7 +142,7 @@ void run(const LinearScan& arguments, const Numbers& numbers, const std::vector<
   k.rows = rows.data();
   k.block = plan.block;
   k.carry = carried.data();
-  k.scratch_bytes = ((2 * STEPS * k.C + k.gate_mod) * width * real_bytes + 63) / 64 * 64;
+  k.scratch_bytes = ((2 * plan.block * k.C + k.gate_mod) * width * real_bytes + 63) / 64 * 64;
   const Scratch scratch(plan.workers * k.scratch_bytes), product(plan.chunked.empty() ? 0 : plan.slots * row_bytes);
   k.scratch = scratch.get();
   if (!plan.chunked.empty()) {  // products start from one
@@ -178,8 +179,10 @@ void run(const LinearScan& arguments, const Numbers& numbers, const std::vector<
 // Channels may be shared out where each part has gates of its own, or where gates have no gradient to be summed.
 int64_t split_of(const Gate& gate, int64_t C, int64_t parts, int64_t element_bytes, bool sums_gates) {
   const int64_t line = std::max<int64_t>(64 / element_bytes, 1);
-  if (gate.div * gate.mod == C) return gate.div == parts && C > line ? (line + parts - 1) / parts * parts : gate.div;
-  return sums_gates ? 0 : line;
+  const int64_t any = (line + parts - 1) / parts * parts;
+  if (!sums_gates) return any;
+  if (gate.div * gate.mod != C) return 0;
+  return gate.div == parts ? any : gate.div;
 }
 
 // ---- forward
@@ -213,7 +216,8 @@ std::tuple<Tensor, Tensor> linear_scan(const Tensor& x, const Tensor& a, Optiona
 
   const int64_t parts = numbers.parts;
   LinearScan k = {};
-  k.C = C * parts, k.gate_div = gate.div * parts, k.gate_mod = gate.mod;
+  k.C = C * parts, k.pairs = parts == 2;
+  k.gate_div = gate.div * parts, k.gate_mod = gate.mod;
   k.descending = reverse;
   k.x = sequence(input, B, T, parts);
   k.a = sequence(gates, B, T);
@@ -257,6 +261,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Optional dh, Optional df
     check(Sizes(got.begin(), got.end()) == Sizes(expected.begin(), expected.end()), op, ": dh: expected h's shape ",
           shape_text(*h), ", got ", shape_text(*dh));
   }
+  if (dh && h) check_type(op, "dh", *dh, {h->scalar_type()});
+  check(!is_complex(a.scalar_type()) || is_complex(like.scalar_type()), op, ": ", like_name,
+        ": expected a complex dtype with complex a, got ", dtype_text(like.scalar_type()));
   Gate gate = gate_of(like, a);
   // Gates that are shared in a way that the kernels do not sum are summed by torch, from wide values.
   const bool torch_sums = !gate.regular || (a.size(0) == 1 && B > 1 && a.size(1) == T);
@@ -283,11 +290,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Optional dh, Optional df
   const auto in_storage = [&](const Optional& t) {
     return t ? Optional(with_dense_steps(as_type(*t, numbers.storage))) : t;
   };
-  const Optional grad = in_storage(dh), before = in_storage(h), initial = dense(initial_state, state_type);
+  const Optional grad = in_storage(dh), before = in_storage(h);
+  const Optional initial = h ? dense(initial_state, state_type) : Optional();
 
   const int64_t parts = numbers.parts;
   LinearScan k = {};
-  k.C = C * parts, k.gate_div = gate.div * parts, k.gate_mod = gate.mod;
+  k.C = C * parts, k.pairs = parts == 2;
+  k.gate_div = gate.div * parts, k.gate_mod = gate.mod;
   k.descending = !reverse;
   k.x = sequence(grad, B, T, parts);
   k.a = sequence(gates, B, T);

@@ -1,7 +1,7 @@
 // Linear scan:  h_t = a_t h_{t-1} + x_t,  and backward  g_t = dh_t + conj(a_{t+1}) g_{t+1},  da_t = g_t conj(h_{t-1}).
 //
 // A walk goes through time in order and, inside a step, through the channels: every stream of memory is sequential.
-// Steps are taken STEPS at a time, a vector of channels staying in a register meanwhile. An exact 0 in `a` cuts the
+// Where steps are short several are taken together, a vector of channels staying in a register meanwhile. An exact 0 in `a` cuts the
 // recurrence, whatever is on the other side: 0 * NaN is not formed.
 #include "walk.h"
 
@@ -25,6 +25,7 @@ struct RealNumbers {
   static SEQOPS_INLINE Bits<T> whole(Bits<T> lanes) { return lanes; }  // true where it is for all of a number
   static SEQOPS_INLINE V multiply(V a, V b) { return a * b; }
   static SEQOPS_INLINE V multiply_conjugate(V a, V b) { return a * b; }  // conj(a) b
+  static SEQOPS_INLINE V squared(V a) { return a * a; }                  // of the modulus
 };
 
 template <class T_>
@@ -44,11 +45,20 @@ struct ComplexNumbers {
 
   static SEQOPS_INLINE V splat(const G* gate) { return (lane_numbers<T>() & 1) == 0 ? V{} + gate[0] : V{} + gate[1]; }
   static SEQOPS_INLINE Bits<T> whole(Bits<T> lanes) { return lanes & (Bits<T>)swapped((V)lanes); }
+  static SEQOPS_INLINE V squared(V a) {
+    return real_parts(a) * real_parts(a) + imaginary_parts(a) * imaginary_parts(a);
+  }
   static SEQOPS_INLINE V multiply(V a, V b) { return real_parts(a) * b + minus_plus(imaginary_parts(a)) * swapped(b); }
   static SEQOPS_INLINE V multiply_conjugate(V a, V b) {
     return real_parts(a) * b - minus_plus(imaginary_parts(a)) * swapped(b);
   }
 };
+
+// By bits: without SSE4.1 GCC 12 fails on the conditional operator where masks of 64 bits have been combined.
+template <class T>
+SEQOPS_INLINE Vector<T> choose(Bits<T> mask, Vector<T> yes, Vector<T> no) {
+  return (Vector<T>)((mask & (Bits<T>)yes) | (~mask & (Bits<T>)no));
+}
 
 template <class N>
 SEQOPS_INLINE Bits<typename N::T> is_zero(Vector<typename N::T> v) {
@@ -74,6 +84,7 @@ template <class N>
 struct Segment {
   int64_t channels, steps;  // channels in scalars
   bool descending;          // through memory
+  bool pairs;               // reals are the parts of complex numbers
   Lines<const typename N::S> x;
   Lines<const typename N::G> a;
   Lines<typename N::S> y;
@@ -114,7 +125,7 @@ SEQOPS_INLINE void backward(const Segment<N>& k, int64_t channel, int64_t n, Vec
     const V g = k.x.data == nullptr ? carry : carry + load(k.x.at(i, channel), n);
     store<typename N::S>(k.y.at(i, channel), g, n);
     const Bits<T> cut = is_zero<N>(a);
-    carry = cut ? V{} : N::multiply_conjugate(a, g);
+    carry = choose<T>(cut, V{}, N::multiply_conjugate(a, g));
     if constexpr (GRADIENT != Gradient::none) {
       V before = {};
       if (i < k.known) {
@@ -122,8 +133,10 @@ SEQOPS_INLINE void backward(const Segment<N>& k, int64_t channel, int64_t n, Vec
       } else if (k.initial != nullptr) {
         before = load(k.initial + channel, n);
       }
-      const Bits<T> finite = N::whole((before - before) == static_cast<T>(0));
-      const V da = cut & ~finite ? V{} : N::multiply_conjugate(before, g);
+      V spread = before - before;  // 0 where it is finite
+      if (k.pairs) spread += permute<T>(spread, lane_numbers<T>() ^ 1);
+      const Bits<T> finite = N::whole(spread == static_cast<T>(0));
+      const V da = choose<T>(cut & ~finite, V{}, N::multiply_conjugate(before, g));
       if constexpr (GRADIENT == Gradient::store) {
         store<typename N::G>(k.da.at(i, channel), da, n);
       } else if constexpr (SPLAT) {
@@ -138,7 +151,8 @@ SEQOPS_INLINE void backward(const Segment<N>& k, int64_t channel, int64_t n, Vec
 }
 
 // These steps as a map of what comes in: `carry` is what comes out for 0, `product` the factor of what comes in. Only a
-// reset makes the factor 0: one that underflows stays the smallest normal number, so that NaN and Inf pass.
+// reset makes the factor 0: one that underflows stays the smallest normal number, so that NaN and Inf pass, and becomes
+// NaN, which asks for a walk without chunks, if a gate above 1 would make it grow again.
 template <class N, bool SPLAT, bool BACKWARD>
 SEQOPS_INLINE void reduce(const Segment<N>& k, int64_t channel, int64_t n) {
   using T = typename N::T;
@@ -150,14 +164,17 @@ SEQOPS_INLINE void reduce(const Segment<N>& k, int64_t channel, int64_t n) {
     const Bits<T> cut = is_zero<N>(a);
     V factor;
     if constexpr (BACKWARD) {
-      carry = cut ? V{} : N::multiply_conjugate(a, carry + x);
+      carry = choose<T>(cut, V{}, N::multiply_conjugate(a, carry + x));
       factor = N::multiply_conjugate(a, product);
     } else {
-      carry = cut ? x : N::multiply(a, carry) + x;
+      carry = choose<T>(cut, x, N::multiply(a, carry) + x);
       factor = N::multiply(a, product);
     }
+    const Bits<T> gone = N::whole(product == TINY<T>), grows = N::squared(a) > static_cast<T>(1);
     const Bits<T> underflow = N::whole((factor < TINY<T>)&(factor > -TINY<T>));
-    product = cut | is_zero<N>(product) ? V{} : (underflow ? constant<T>(TINY<T>) : factor);
+    factor = choose<T>(gone | underflow, constant<T>(TINY<T>), factor);
+    factor = choose<T>(gone & grows, constant<T>(__builtin_nan("")), factor);
+    product = choose<T>(cut | is_zero<N>(product), V{}, factor);
   }
   store<T>(k.carry + channel, carry, n);
   store<T>(k.product + channel, product, n);
@@ -202,7 +219,7 @@ enum class Pattern {
   full,      // one for each channel
   runs,      // one for every gate_div channels
   repeated,  // a vector of gate_mod, again and again
-  short_,    // runs or repetitions shorter than a vector: written out beside the channels first
+  written,   // runs or repetitions shorter than a vector: written out beside the channels first
 };
 
 template <class N, Pass PASS>
@@ -211,7 +228,7 @@ class Worker {
   using G = typename N::G;
   using T = typename N::T;
   static constexpr int64_t W = N::WIDTH;
-  static constexpr bool BACKWARD = PASS == Pass::backward;
+  static constexpr bool GRADIENTS = PASS == Pass::backward;
   // Where one gate serves all steps, its gradient is first summed over so many: a long sum would lose its last digits.
   static constexpr int64_t STEPS_OF_SUM = 64 * STEPS;
 
@@ -219,17 +236,17 @@ class Worker {
   Worker(const LinearScan& k, int64_t worker) : k_(k) {
     char* scratch = static_cast<char*>(k.scratch) + worker * k.scratch_bytes;
     gates_ = reinterpret_cast<G*>(scratch);
-    sums_ = reinterpret_cast<T*>(scratch + STEPS * k.C * W * sizeof(T));
-    folded_ = sums_ + STEPS * k.C * W;
+    sums_ = reinterpret_cast<T*>(scratch + k.block * k.C * W * sizeof(T));
+    folded_ = sums_ + k.block * k.C * W;
     run_ = k.gate_div > 1 || k.gate_mod == 1 ? k.gate_div : k.gate_mod;
     if (k.gate_div == 1 && k.gate_mod == k.C) {
       pattern_ = Pattern::full;
     } else if (run_ * W < 2 * LANES<T>) {
-      pattern_ = Pattern::short_;
+      pattern_ = Pattern::written;
     } else {
       pattern_ = k.gate_div > 1 || k.gate_mod == 1 ? Pattern::runs : Pattern::repeated;
     }
-    wants_gate_ = BACKWARD && (k.da.data != nullptr || k.da_sum != nullptr);
+    wants_gate_ = GRADIENTS && (k.da.data != nullptr || k.da_sum != nullptr);
     per_step_ = k.da.data != nullptr;
     stores_ = per_step_ && pattern_ == Pattern::full;
   }
@@ -239,10 +256,11 @@ class Worker {
     const int64_t channel = task.channel, n = task.channels;
     Segment<N> whole = {};
     whole.descending = k_.descending;
+    whole.pairs = k_.pairs;
     whole.carry = static_cast<T*>(k_.carry) + (task.slot * k_.C + channel) * W;
     if (k_.product != nullptr) whole.product = static_cast<T*>(k_.product) + (task.slot * k_.C + channel) * W;
     if (k_.initial != nullptr) whole.initial = static_cast<const T*>(k_.initial) + (task.row * k_.C + channel) * W;
-    if (k_.a.step == 0 && pattern_ == Pattern::short_) write_out(walk.at<const G>(k_.a, 0, W), gates_, channel, n);
+    if (k_.a.step == 0 && pattern_ == Pattern::written) write_out(walk.at<const G>(k_.a, 0, W), gates_, channel, n);
     const bool sums_time = wants_gate_ && !per_step_;
 
     for (int64_t i = 0; i < task.steps; i += k_.block) {
@@ -260,7 +278,7 @@ class Worker {
       steps(task, walk, i, k);
       if (sums_time && ((i + k_.block) % STEPS_OF_SUM == 0 || i + k_.block >= task.steps)) {
         T* total = static_cast<T*>(k_.da_sum) + task.slot * k_.gate_mod * W;
-        if (pattern_ == Pattern::short_) {
+        if (pattern_ == Pattern::written) {
           fold(sums_, total, channel, n);
         } else {
           for (int64_t c = first_gate(channel) * W; c < (first_gate(channel) + gates_of(n)) * W; ++c)
@@ -290,13 +308,13 @@ class Worker {
         k.a.data += channel * W;
         if (stores_) {
           k.da = lines<G>(walk, k_.da, i, channel);
-          segment<N, PASS, false, BACKWARD ? Gradient::store : Gradient::none>(k);
+          segment<N, PASS, false, GRADIENTS ? Gradient::store : Gradient::none>(k);
         } else {
           k.da_sum.data += wants_gate_ ? channel * W : 0;
           run<false>(k);
         }
         return;
-      case Pattern::short_:
+      case Pattern::written:
         if (k_.a.step != 0) {
           for (int64_t j = 0; j < k.steps; ++j) write_out(k.a.at(j, 0), gates_ + j * k_.C * W, channel, n);
         }
@@ -311,7 +329,7 @@ class Worker {
     if (!wants_gate_ || !per_step_) return;
     for (int64_t j = 0; j < k.steps; ++j) {
       const T* sums = sums_ + j * k_.gate_mod * W;
-      if (pattern_ == Pattern::short_) {
+      if (pattern_ == Pattern::written) {
         zero(folded_, k_.gate_mod * W);
         fold(sums_ + j * k_.C * W, folded_, channel, n);
         sums = folded_;
@@ -351,13 +369,13 @@ class Worker {
   template <bool SPLAT>
   void run(const Segment<N>& k) {
     if (wants_gate_) {
-      segment<N, PASS, SPLAT, BACKWARD ? Gradient::add : Gradient::none>(k);
+      segment<N, PASS, SPLAT, GRADIENTS ? Gradient::add : Gradient::none>(k);
     } else {
       segment<N, PASS, SPLAT, Gradient::none>(k);
     }
   }
 
-  int64_t sum_width() const { return pattern_ == Pattern::short_ ? k_.C : k_.gate_mod; }
+  int64_t sum_width() const { return pattern_ == Pattern::written ? k_.C : k_.gate_mod; }
 
   // The gates of a task's channels: those of a part of the channels are a part of the gates, or all.
   int64_t first_gate(int64_t channel) const { return k_.gate_div * k_.gate_mod == k_.C ? channel / k_.gate_div : 0; }
@@ -405,8 +423,8 @@ class Worker {
   }
 
   const LinearScan& k_;
-  G* gates_;           // [STEPS, C]: gates written out
-  T *sums_, *folded_;  // [STEPS, C] gradients of gates; [gate_mod] those of one step
+  G* gates_;           // [block, C]: gates written out
+  T *sums_, *folded_;  // [block, C] gradients of gates; [gate_mod] those of one step
   int64_t run_;        // channels of a segment
   Pattern pattern_;
   bool wants_gate_, per_step_, stores_;

@@ -45,6 +45,7 @@ struct Sequence {  // [B, T, ...], dense inside a step; null: zeros, or not want
 // h_t = a_t h_{t-1} + x_t, and its backward: g_t = dh_t + conj(a_{t+1}) g_{t+1}, dx_t = g_t, da_t = g_t conj(h_{t-1}).
 struct LinearScan : Tasks {
   int64_t C;
+  bool pairs;                  // two channels are the parts of a complex number, whose gate is real
   int64_t gate_div, gate_mod;  // channel c has gate (c / gate_div) % gate_mod
   Sequence x;                  // [B, T, C] in S; backward: dh
   Sequence a;                  // [B, T, gate_mod]; strides of 0 where one gate serves all rows or steps
@@ -70,7 +71,7 @@ struct SoftmaxScan : Tasks {
   Sequence m, u;  // [B, T, H] in Real; the forward writes them where they are not null
   void* carry;    // [slots, H, D] in Real: o; backward: alpha R
   void* carry_m;  // [slots, H] in Real: m; backward: alpha r
-  void* carry_u;  // [slots, H] in Real: u; backward, reducing only: product of alpha
+  void* carry_u;  // [slots, H] in Real: u; backward: product of alpha, of reduced chunks
   void* scratch;  // [workers, scratch_bytes]
   int64_t scratch_bytes;
 

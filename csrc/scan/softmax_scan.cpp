@@ -110,36 +110,38 @@ States initial_states(const Tensor& like, const Shape& shape, int64_t rows, cons
 
 // What chunks need at their beginnings. Forward: a reduced chunk says (m, u, o) of its own steps.
 template <class Real>
-bool join_forward(const Plan::Chunked& chunked, Real* m, Real* u, Real* o, int64_t H, int64_t D) {
+void join_forward(const Plan::Chunked& chunked, Real* m, Real* u, Real* o, int64_t H, int64_t D) {
+  constexpr Real INF = std::numeric_limits<Real>::infinity();
   for (int64_t h = 0; h < H; ++h) {
     const auto at = [&](int64_t i) { return (chunked.slot + i) * H + h; };
     Real past_m = m[at(0)], past_u = u[at(0)];
     std::vector<Real> past(o + at(0) * D, o + at(0) * D + D);
     for (int64_t i = 1; i < chunked.chunks; ++i) {
       const int64_t c = at(i);
-      const Real new_m = m[c], new_u = u[c];
+      const Real own_m = m[c], own_u = u[c];
       m[c] = past_m, u[c] = past_u;
       for (int64_t d = 0; d < D; ++d)
         std::swap(o[c * D + d], past[d]);  // o: at the beginning; past: of the chunk alone
       if (i + 1 == chunked.chunks) break;
-      const Real most = new_m > past_m ? new_m : past_m;
-      const auto weight = [&](Real m_part, Real u_part) {
-        return u_part == 0 ? Real(0) : (m_part == most ? u_part : u_part * std::exp(m_part - most));
+      const Real most = own_m > past_m ? own_m : past_m;
+      const auto weight = [&](Real part_m, Real part_u) {
+        return part_u == 0 ? Real(0) : (part_m == most ? part_u : part_u * std::exp(part_m - most));
       };
-      const Real before = weight(past_m, past_u), own = weight(new_m, new_u), sum = before + own;
+      // As in a walk, +inf twice is NaN.
+      const Real twice = past_m == INF && own_m == INF ? std::numeric_limits<Real>::quiet_NaN() : Real(0);
+      const Real before = weight(past_m, past_u), own = weight(own_m, own_u), sum = before + own + twice;
       for (int64_t d = 0; d < D; ++d) {
-        const Real old = before == 0 ? 0 : before / sum * o[c * D + d], added = own == 0 ? 0 : own / sum * past[d];
+        const Real old = past_u == 0 ? 0 : before / sum * o[c * D + d], added = own_u == 0 ? 0 : own / sum * past[d];
         past[d] = old + added;
       }
       past_m = most, past_u = sum;
     }
   }
-  return true;
 }
 
-// Backward: it says R and r for nothing coming in, and the product of alpha.
+// Backward: it says R and r for nothing coming in, and the product of alpha, 0 where the past was empty.
 template <class Real>
-bool join_backward(const Plan::Chunked& chunked, Real* r, Real* product, Real* R, int64_t H, int64_t D) {
+void join_backward(const Plan::Chunked& chunked, Real* r, Real* product, Real* R, int64_t H, int64_t D) {
   const auto fold = [&](Real* values, int64_t width, int64_t h, int64_t d) {
     const auto at = [&](int64_t i) { return ((chunked.slot + i) * H + h) * width + d; };
     Real state = values[at(0)];
@@ -153,6 +155,27 @@ bool join_backward(const Plan::Chunked& chunked, Real* r, Real* product, Real* R
     fold(r, 1, h, 0);
     for (int64_t d = 0; d < D; ++d) fold(R, D, h, d);
   }
+}
+
+// Reduced chunks start from nothing: forward (m, u) = (-inf, 0), backward a product of 1.
+template <class Real>
+void start_chunks(const Plan& plan, const SoftmaxScan& k, bool backward) {
+  for (const Plan::Chunked& chunked : plan.chunked) {
+    const int64_t from = (chunked.slot + 1) * k.H, count = (chunked.chunks - 1) * k.H;
+    std::fill_n(static_cast<Real*>(k.carry_m) + from, count, backward ? 0 : -std::numeric_limits<Real>::infinity());
+    std::fill_n(static_cast<Real*>(k.carry_u) + from, count, backward ? 1 : 0);
+  }
+}
+
+template <class Real>
+bool join_chunks(const Plan::Chunked& chunked, const SoftmaxScan& k, bool backward) {
+  Real *first = static_cast<Real*>(k.carry_m), *second = static_cast<Real*>(k.carry_u),
+       *values = static_cast<Real*>(k.carry);
+  if (backward) {
+    join_backward(chunked, first, second, values, k.H, k.D);
+  } else {
+    join_forward(chunked, first, second, values, k.H, k.D);
+  }
   return true;
 }
 
@@ -165,20 +188,10 @@ void run(const SoftmaxScan& arguments, Pair pair, const std::vector<Row>& rows, 
   k.rows = rows.data();
   k.block = plan.block;
   k.carry = o.data(), k.carry_m = m.data(), k.carry_u = u.data();
-  k.scratch_bytes = (4 * STEPS * k.H * real_bytes + 63) / 64 * 64;
+  k.scratch_bytes = (4 * plan.block * k.H * real_bytes + 63) / 64 * 64;
   const Scratch scratch(plan.workers * k.scratch_bytes);
   k.scratch = scratch.get();
-  const auto each = [&](auto zero) {  // reduced chunks start from nothing
-    using Real = decltype(zero);
-    for (const Plan::Chunked& chunked : plan.chunked) {
-      for (int64_t i = 1; i < chunked.chunks; ++i) {
-        const int64_t from = (chunked.slot + i) * k.H;
-        std::fill_n(static_cast<Real*>(k.carry_m) + from, k.H, backward ? 0 : -std::numeric_limits<Real>::infinity());
-        std::fill_n(static_cast<Real*>(k.carry_u) + from, k.H, backward ? 1 : 0);
-      }
-    }
-  };
-  wide ? each(double()) : each(float());
+  wide ? start_chunks<double>(plan, k, backward) : start_chunks<float>(plan, k, backward);
   const auto kernel = [&](const std::vector<Task>& tasks, bool reduce, int64_t* next, int64_t worker) {
     SoftmaxScan task = k;
     task.tasks = tasks.data(), task.count = static_cast<int64_t>(tasks.size()), task.next = next;
@@ -187,14 +200,7 @@ void run(const SoftmaxScan& arguments, Pair pair, const std::vector<Row>& rows, 
     pass[static_cast<int>(pair)](task, worker);
   };
   const auto join = [&](const Plan::Chunked& chunked) {
-    const auto typed = [&](auto zero) {
-      using Real = decltype(zero);
-      Real *first = static_cast<Real*>(k.carry_m), *second = static_cast<Real*>(k.carry_u),
-           *values = static_cast<Real*>(k.carry);
-      return backward ? join_backward(chunked, first, second, values, k.H, k.D)
-                      : join_forward(chunked, first, second, values, k.H, k.D);
-    };
-    return wide ? typed(double()) : typed(float());
+    return wide ? join_chunks<double>(chunked, k, backward) : join_chunks<float>(chunked, k, backward);
   };
   execute(plan, rows, work, kernel, join);
   m.finish(), u.finish(), o.finish();
@@ -266,10 +272,9 @@ void finish_initial(Tensor& dlse, Tensor& dout, const States& initial, int64_t D
   for (int64_t i = 0; i < dlse.numel(); ++i) {
     Real dot = 0;
     for (int64_t d = 0; d < D; ++d) {
-      if (u[i] == 0)
-        R[i * D + d] = 0;
-      else
-        dot += R[i * D + d] * o[i * D + d];
+      if (u[i] == 0) R[i * D + d] = 0;
+      if (R[i * D + d] != 0)
+        dot += R[i * D + d] * o[i * D + d];  // in an empty sequence nothing meets an infinite state
     }
     r[i] = u[i] == 0 ? 0 : dot - r[i];
   }
@@ -290,6 +295,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_scan_backward(Optional grad_o
   const auto check_sequence = [&](const char* name, const Optional& t, bool values) {
     if (!t) return;
     check_device(op, name, *t, "s", s);
+    check_type(op, name, *t, {values ? v.scalar_type() : real});
     if (values) {
       check_shape(op, name, *t, "[B, T, H, D]", {B, T, H, D});
     } else {
@@ -319,8 +325,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_scan_backward(Optional grad_o
   k.initial_m = initial.m.const_data_ptr(), k.initial_u = initial.u.const_data_ptr();
   const Work work = work_of(shape, v.element_size(), true);
   Plan plan = make_plan(rows, work);
-  Tensor unused = new_state(v, {N, H}, real, {});
-  const Carried r(plan, dlse), product(plan, unused), R(plan, dout);
+  Tensor products = new_state(v, {N, H}, real, {});
+  const Carried r(plan, dlse), product(plan, products), R(plan, dout);
   run(k, types.pair, rows, plan, work, r, product, R, true);
   if (real == ScalarType::Double) {
     finish_initial<double>(dlse, dout, initial, D);

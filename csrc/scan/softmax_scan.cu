@@ -67,11 +67,15 @@ __device__ __forceinline__ LogSum sum(const Larger& of, LogSum past, LogSum pres
 struct Shares {
   R alpha, p;
 };
+// 0 stands for nothing there: what is merely too small stays the smallest normal number.
+__device__ __forceinline__ R share(R weight, R part, R whole) {
+  const R share = weight * part / whole;
+  return share == 0 && part != 0 ? Limits<R>::SMALLEST_NORMAL : share;
+}
 __device__ __forceinline__ Shares shares(const Larger& of, LogSum past, LogSum present, LogSum after) {
   const R u = R(after.u);
   if (u == 0) return {0, 0};
-  const R alpha = of.past * R(past.u) / u;
-  return {alpha == 0 && past.u != 0 ? Limits<R>::SMALLEST_NORMAL : alpha, of.present * R(present.u) / u};
+  return {share(of.past, R(past.u), u), share(of.present, R(present.u), u)};
 }
 
 #endif

@@ -5,14 +5,18 @@
 // backward, from the last step to the first, R and r carried as alpha R and alpha r:
 //   R = do + alpha_next R_next   r = <do, o> - dlse + alpha_next r_next   dv = p R   ds = p (<R, v> - r)
 //
-// alpha and p are computed once a head and step, STEPS steps at a time, then used for the D values of the head. A score
-// of -inf is absent: p = 0, and its v is not read into the result even if it is NaN.
+// alpha and p are computed once a head and step, then used for the D values of the head. A score of -inf is absent: its v
+// does not enter even if it is NaN, and p is then -0. Where nothing came before, alpha is -0: nothing passes backwards. A
+// weight that is merely too small is +0, and 0 * NaN is NaN.
 #include "walk.h"
 
 namespace seqops::SEQOPS_ISA {
 namespace {
 
 enum class Pass { forward, forward_reduce, backward, backward_reduce };
+
+template <class T>
+constexpr T TINY = sizeof(T) == 4 ? static_cast<T>(1.17549435e-38) : static_cast<T>(2.2250738585072014e-308);
 
 template <class T>
 constexpr T INF = static_cast<T>(__builtin_inf());
@@ -22,11 +26,17 @@ struct Weights {
   Vector<T> alpha, p;
 };
 
+// Whether a weight is -0: of nothing.
+template <class T>
+SEQOPS_INLINE Bits<T> is_nothing(Vector<T> weight) {
+  return (Bits<T>)weight == (Bits<T>)(-Vector<T>{});
+}
+
 // Quotients, not products with 1 / u: alpha must be 1 exactly where a step adds nothing, or o would fade.
 template <class T>
-SEQOPS_INLINE Weights<T> shares(Vector<T> past, Vector<T> now, Vector<T> u) {
-  const Bits<T> empty = u == static_cast<T>(0);
-  return {empty ? Vector<T>{} : past / u, empty ? Vector<T>{} : now / u};
+SEQOPS_INLINE Weights<T> shares(Vector<T> u_before, Vector<T> s, Vector<T> past, Vector<T> now, Vector<T> u) {
+  const Vector<T> nothing = -Vector<T>{};
+  return {u_before == static_cast<T>(0) ? nothing : past / u, s == -INF<T> ? nothing : now / u};
 }
 
 // One step of the state: (m, u) become (m', u').
@@ -38,9 +48,10 @@ SEQOPS_INLINE Weights<T> advance(Vector<T>& m, Vector<T>& u, Vector<T> s) {
   const V e = exp<T>(low);
   const V past = larger ? u * e : u;
   const V now = larger ? constant<T>(1) : (s == -INF<T> ? V{} : e);
+  const V u_before = u;
   u = past + now;
   m = larger ? s : m;
-  return shares<T>(past, now, u);
+  return shares<T>(u_before, s, past, now, u);
 }
 
 // The same weights from the states before and after the step.
@@ -49,7 +60,7 @@ SEQOPS_INLINE Weights<T> between(Vector<T> m_before, Vector<T> u_before, Vector<
   using V = Vector<T>;
   const V past = m_before == m ? u_before : u_before * exp<T>(m_before - m);
   const V now = s == m ? constant<T>(1) : exp<T>(s - m);
-  return shares<T>(u_before == static_cast<T>(0) ? V{} : past, s == -INF<T> ? V{} : now, u);
+  return shares<T>(u_before, s, past, now, u);
 }
 
 template <class S, class G, Pass PASS>
@@ -63,9 +74,9 @@ class Worker {
   Worker(const SoftmaxScan& k, int64_t worker) : k_(k) {
     T* scratch = reinterpret_cast<T*>(static_cast<char*>(k.scratch) + worker * k.scratch_bytes);
     alpha_ = scratch;
-    p_ = alpha_ + STEPS * k.H;
-    dot_o_ = p_ + STEPS * k.H;
-    dot_v_ = dot_o_ + STEPS * k.H;
+    p_ = alpha_ + k.block * k.H;
+    dot_o_ = p_ + k.block * k.H;
+    dot_v_ = dot_o_ + k.block * k.H;
   }
 
   void operator()(const Task& task) {
@@ -146,8 +157,8 @@ class Worker {
     for (int64_t j = 0; j < steps; ++j) {
       const int64_t channel = head * k_.D;
       at.v[j] = walk.at<const S>(k_.v, i + j, 1) + channel;
-      at.alpha[j] = V{} + alpha_[j * k_.H + head];
-      at.p[j] = V{} + p_[j * k_.H + head];
+      at.alpha[j] = alpha_[j * k_.H + head] - V{};  // 0 + -0 would be 0
+      at.p[j] = p_[j * k_.H + head] - V{};
       if constexpr (PASS == Pass::forward) at.y[j] = walk.at<S>(k_.o, i + j, 1) + channel;
       if constexpr (BACKWARD) {
         at.o[j] = walk.at<const S>(k_.o, i + j, 1) + channel;
@@ -156,7 +167,8 @@ class Worker {
       if constexpr (PASS == Pass::backward) at.y[j] = walk.at<S>(k_.dv, i + j, 1) + channel;
     }
     T* state = static_cast<T*>(k_.carry) + (task.slot * k_.H + head) * k_.D;
-    V sum_o[STEPS] = {}, sum_v[STEPS] = {};
+    V sum_o[STEPS], sum_v[STEPS];
+    for (int64_t j = 0; j < steps; ++j) sum_o[j] = sum_v[j] = V{};
     const int64_t D = k_.D;
     const int64_t whole = D / L * L;
     if (!k_.descending) {
@@ -180,10 +192,10 @@ class Worker {
 #pragma GCC unroll 4
     for (int64_t j = 0; j < steps; ++j) {
       const V alpha = at.alpha[j], p = at.p[j];
-      const Bits<T> absent = p == static_cast<T>(0);
+      const Bits<T> absent = is_nothing<T>(p);
       if constexpr (!BACKWARD) {
         const V v = load(at.v[j] + d, n);
-        carry = absent ? alpha * carry : alpha * carry + p * v;
+        carry = alpha * carry + (absent ? V{} : p * v);
         if constexpr (PASS == Pass::forward) store<S>(at.y[j] + d, carry, n);
       } else {
         const V dy = at.grad_o[j] == nullptr ? V{} : load(at.grad_o[j] + d, n);
@@ -193,7 +205,7 @@ class Worker {
           sum_v[j] += R * load(at.v[j] + d, n);
           store<S>(at.y[j] + d, absent ? V{} : p * R, n);
         }
-        carry = alpha == static_cast<T>(0) ? V{} : alpha * R;
+        carry = is_nothing<T>(alpha) ? V{} : alpha * R;
       }
     }
     store<T>(state + d, carry, n);
@@ -209,18 +221,20 @@ class Worker {
       if (grad_lse != nullptr) r -= load(grad_lse + head, n);
       if constexpr (PASS == Pass::backward) {
         const V ds = p * (load(dot_v_ + j * k_.H + head, n) - r);
-        store<G>(walk.at<G>(k_.ds, i + j, 1) + head, p == static_cast<T>(0) ? V{} : ds, n);
+        store<G>(walk.at<G>(k_.ds, i + j, 1) + head, is_nothing<T>(p) ? V{} : ds, n);
       } else {
         T* product = carry(k_.carry_u, task, head);
-        store<T>(product, load(product, n) * alpha, n);
+        const V before = load(product, n), factor = before * alpha;
+        const V kept = factor < TINY<T> ? constant<T>(TINY<T>) : factor;  // 0 only where nothing came before
+        store<T>(product, is_nothing<T>(alpha) | (before == static_cast<T>(0)) ? V{} : kept, n);
       }
-      r = alpha == static_cast<T>(0) ? V{} : alpha * r;
+      r = is_nothing<T>(alpha) ? V{} : alpha * r;
     }
     store<T>(carry_r, r, n);
   }
 
   const SoftmaxScan& k_;
-  T *alpha_, *p_, *dot_o_, *dot_v_;  // [STEPS, H] each
+  T *alpha_, *p_, *dot_o_, *dot_v_;  // [block, H] each
 };
 
 template <class S, class G, Pass PASS>

@@ -11,6 +11,7 @@ Modules of the GPU backends are imported when they are first used: `import seqop
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ _forced: ContextVar[str | None] = ContextVar("seqops_backend", default=None)
 _served: dict[str, dict[str, Callable[..., Any] | None]] = {}  # operator -> backend -> Python function, None if native
 _part_of: dict[str, str] = {}  # private operator -> public operator
 _switchable: set[str] = set()
+_switching = threading.Lock()
 
 
 def provide(
@@ -51,9 +53,7 @@ def provide(
         _part_of[op_name] = part_of
 
 
-def provide_module(
-    op_name: str, module: str, *, check: Callable[..., None] | None = None, part_of: str | None = None
-) -> None:
+def provide_module(op_name: str, module: str, *, check: Callable[..., None], part_of: str | None = None) -> None:
     """Declare that the functions named `op_name` of `module`'s Triton and CUDA submodules serve an operator.
 
     Args:
@@ -63,8 +63,7 @@ def provide_module(
     for name in GPU_BACKENDS:
 
         def call(*args: Any, _name: str = name, **kwargs: Any) -> Any:
-            if check is not None:
-                check(*args, **kwargs)
+            check(*args, **kwargs)
             return getattr(import_module(f"{module}.{_name}"), op_name)(*args, **kwargs)
 
         provide(op_name, name, call, part_of=part_of)
@@ -217,9 +216,13 @@ def register_elsewhere(op: torch._ops.OpOverload) -> None:
 
 
 def _make_switchable(op_name: str) -> None:
-    if op_name in _switchable:
-        return
-    _switchable.add(op_name)
+    with _switching:
+        if op_name not in _switchable:
+            _replace_kernel(op_name)
+            _switchable.add(op_name)
+
+
+def _replace_kernel(op_name: str) -> None:
     op = getattr(torch.ops.seqops, op_name).default
     native = torch.library.get_kernel(op, "CPU")
 

@@ -185,7 +185,7 @@ def register_autocast(op: Operator, names: Sequence[str]) -> None:
 def register_vmap(op: Operator, rule: Callable[..., Any]) -> None:
     """Register `rule(size, in_dims, *arguments) -> (outputs, out_dims)`, which gets every schema argument in order.
 
-    (torch.library.register_vmap leaves keyword-only tensors wrapped, and we have one: `lengths`.)
+    (torch.library.register_vmap leaves keyword-only tensors wrapped, and we have some: `lengths`, `cu_seqlens`.)
     """
     flatten, call = _flat_calls(op)
 

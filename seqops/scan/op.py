@@ -19,6 +19,7 @@ from ..core import backend, register, validate
 
 ops = torch.ops.seqops
 
+SEQUENCES = (*validate.STORAGE, torch.complex64, torch.complex128)  # dtypes of x
 WIDE = (torch.float64, torch.complex128)
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
@@ -59,23 +60,23 @@ def check_linear_scan(
     op = "linear_scan"
     shape = validate.shape_of(x)
     validate.expect(x.ndim >= 2, op, "x", "at least 2 dimensions [B, T, *C]", f"shape {shape}")
-    validate.check_type(
-        op,
-        "x",
-        x,
-        (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128),
-    )
+    validate.check_type(op, "x", x, SEQUENCES)
     channels = tuple(x.shape[2:])
     validate.expect(all(size >= 1 for size in channels), op, "x", "at least 1 channel", f"shape {shape}")
     check_gate(op, x, a)
     validate.check_cu_seqlens(op, cu_seqlens, "x", x)
-    if initial_state is not None:
-        validate.check_device(op, "initial_state", initial_state, "x", x)
-        letters = "[B, *C]" if cu_seqlens is None else "[N, *C]"
-        expected = (rows_of(x, cu_seqlens), *channels)
-        validate.check_shape(op, "initial_state", initial_state, letters, expected)
-        state = state_of(x.dtype, a.dtype)
-        validate.check_type(op, "initial_state", initial_state, (x.dtype, real_of(x.dtype), state))
+    check_linear_state(op, "initial_state", initial_state, x, state_of(x.dtype, a.dtype), cu_seqlens)
+
+
+def check_linear_state(
+    op: str, name: str, state: Tensor | None, x: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None
+) -> None:
+    if state is None:
+        return
+    validate.check_device(op, name, state, "x", x)
+    letters = "[B, *C]" if cu_seqlens is None else "[N, *C]"
+    validate.check_shape(op, name, state, letters, (rows_of(x, cu_seqlens), *x.shape[2:]))
+    validate.check_type(op, name, state, (x.dtype, real_of(x.dtype), dtype))
 
 
 def rows_of(like: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -96,6 +97,35 @@ def linear_scan_shapes(
     return x.new_empty(x.shape, dtype=state if state.is_complex else x.dtype), final_state
 
 
+def check_linear_scan_backward(
+    dh: Tensor | None,
+    dfinal_state: Tensor | None,
+    a: Tensor,
+    h: Tensor | None,
+    initial_state: Tensor | None,
+    *,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    op = "linear_scan_backward"
+    validate.expect(dh is not None or h is not None, op, "dh", "a tensor where h is None", "None")
+    like, name = (dh, "dh") if h is None else (h, "h")
+    validate.expect(like.ndim >= 2, op, name, "at least 2 dimensions [B, T, *C]", f"shape {validate.shape_of(like)}")
+    validate.check_type(op, name, like, SEQUENCES)
+    check_gate(op, like, a)
+    validate.check_cu_seqlens(op, cu_seqlens, name, like)
+    if dh is not None and h is not None:
+        validate.check_device(op, "dh", dh, "h", h)
+        got = validate.shape_of(dh)
+        validate.expect(tuple(dh.shape) == tuple(h.shape), op, "dh", f"h's shape {validate.shape_of(h)}", got)
+        validate.check_type(op, "dh", dh, (h.dtype,))
+    real = a.is_complex() and not like.is_complex()
+    validate.expect(not real, op, name, "a complex dtype with complex a", validate.name_of(like.dtype))
+    state = state_of(like.dtype, a.dtype)
+    for argument, value in (("dfinal_state", dfinal_state), ("initial_state", initial_state)):
+        check_linear_state(op, argument, value, like, state, cu_seqlens)
+
+
 def linear_scan_backward_shapes(
     dh: Tensor | None,
     dfinal_state: Tensor | None,
@@ -106,6 +136,7 @@ def linear_scan_backward_shapes(
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_linear_scan_backward(dh, dfinal_state, a, h, initial_state, cu_seqlens=cu_seqlens)
     like = dh if h is None else h
     dinitial_state = like.new_empty(rows_of(like, cu_seqlens), *like.shape[2:], dtype=state_of(like.dtype, a.dtype))
     return like.new_empty(like.shape), a.new_empty(0 if h is None else a.shape), dinitial_state
@@ -122,8 +153,8 @@ def check_softmax_scan(
     *,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    op: str = "softmax_scan",
 ) -> None:
-    op = "softmax_scan"
     s_shape, v_shape = validate.shape_of(s), validate.shape_of(v)
     validate.expect(s.ndim == 3, op, "s", "3 dimensions [B, T, H]", f"shape {s_shape}")
     validate.expect(s.shape[2] >= 1, op, "s", "at least 1 head", f"shape {s_shape}")
@@ -136,6 +167,12 @@ def check_softmax_scan(
     allowed = [torch.bfloat16, torch.float16, torch.float32]
     validate.check_type(op, "s", s, [*allowed, torch.float64] if v.dtype == torch.float64 else allowed)
     validate.check_cu_seqlens(op, cu_seqlens, "s", s)
+    check_softmax_states(op, s, v, initial_lse, initial_out, cu_seqlens)
+
+
+def check_softmax_states(
+    op: str, s: Tensor, v: Tensor, initial_lse: Tensor | None, initial_out: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
     if initial_lse is None and initial_out is None:
         return
     validate.expect(initial_out is not None, op, "initial_out", "together with initial_lse", "None")
@@ -170,6 +207,32 @@ def softmax_scan_forward_shapes(*args: Any, **options: Any) -> tuple[Tensor, ...
     return o, lse, torch.empty_like(lse), torch.empty_like(lse)
 
 
+def check_softmax_scan_backward(
+    grad_o: Tensor | None,
+    grad_lse: Tensor | None,
+    s: Tensor,
+    v: Tensor,
+    o: Tensor,
+    m: Tensor,
+    u: Tensor,
+    initial_lse: Tensor | None,
+    initial_out: Tensor | None,
+    *,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    op = "softmax_scan_backward"
+    check_softmax_scan(s, v, initial_lse, initial_out, cu_seqlens=cu_seqlens, op=op)
+    real = validate.real_of(v.dtype)
+    for name, value in (("grad_o", grad_o), ("grad_lse", grad_lse), ("o", o), ("m", m), ("u", u)):
+        if value is not None:
+            like = v if name in ("grad_o", "o") else s
+            letters = "[B, T, H, D]" if like is v else "[B, T, H]"
+            validate.check_device(op, name, value, "s", s)
+            validate.check_type(op, name, value, (v.dtype if like is v else real,))
+            validate.check_shape(op, name, value, letters, like.shape)
+
+
 def softmax_scan_backward_shapes(
     grad_o: Tensor | None,
     grad_lse: Tensor | None,
@@ -184,6 +247,7 @@ def softmax_scan_backward_shapes(
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    check_softmax_scan_backward(grad_o, grad_lse, s, v, o, m, u, initial_lse, initial_out, cu_seqlens=cu_seqlens)
     rows, real = rows_of(s, cu_seqlens), validate.real_of(v.dtype)
     states = (v.new_empty(rows, s.shape[2], dtype=real), v.new_empty(rows, *v.shape[2:], dtype=real))
     return (s.new_empty(s.shape), v.new_empty(v.shape), *states)
@@ -197,7 +261,7 @@ def linear_scan_save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, .
     wants_gate = ctx.needs_input_grad[1]
     ctx.real_x = not x.is_complex()
     ctx.state_dtype = None if initial_state is None else initial_state.dtype
-    ctx.shape = x.shape
+    ctx.shape, ctx.dtype = outputs[0].shape, outputs[0].dtype
     ctx.save_for_backward(a, outputs[0] if wants_gate else None, initial_state if wants_gate else None, cu_seqlens)
 
 
@@ -208,8 +272,7 @@ def linear_scan_formula(
     if dh is None and dfinal_state is None:
         return None, None, None, None, None
     if dh is None and h is None:
-        dtype = dfinal_state.dtype
-        dh = dfinal_state.new_zeros((), dtype=dtype).expand(ctx.shape)
+        dh = dfinal_state.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
     dx, da, dinitial_state = ops.linear_scan_backward(
         dh, dfinal_state, a, h, initial_state, reverse=ctx.reverse, cu_seqlens=cu_seqlens
     )
@@ -339,7 +402,7 @@ def register_operator(
     name: str,
     shapes: Callable[..., tuple[Tensor, ...]],
     vmap: Callable[..., Any],
-    check: Callable[..., None] | None,
+    check: Callable[..., None],
     part_of: str | None = None,
 ) -> torch._ops.OpOverload:
     operator = getattr(ops, name).default
@@ -355,7 +418,11 @@ def register_all() -> None:
     public = register_operator("linear_scan", linear_scan_shapes, linear_scan_vmap, check_linear_scan)
     register.register_autograd(public, save=linear_scan_save, backward=linear_scan_formula)
     backward = register_operator(
-        "linear_scan_backward", linear_scan_backward_shapes, linear_scan_vmap, None, "linear_scan"
+        "linear_scan_backward",
+        linear_scan_backward_shapes,
+        linear_scan_vmap,
+        check_linear_scan_backward,
+        "linear_scan",
     )
     register.refuse_second_derivative(backward, public)
 
@@ -366,7 +433,11 @@ def register_all() -> None:
     formula = register.register_autograd(training, save=softmax_scan_save, backward=softmax_scan_formula)
     register.register_training(public, formula)
     backward = register_operator(
-        "softmax_scan_backward", softmax_scan_backward_shapes, softmax_scan_vmap, None, "softmax_scan"
+        "softmax_scan_backward",
+        softmax_scan_backward_shapes,
+        softmax_scan_vmap,
+        check_softmax_scan_backward,
+        "softmax_scan",
     )
     register.refuse_second_derivative(backward, public)
 
@@ -397,8 +468,8 @@ def linear_scan(
         a: the gate, of x's rank; each dimension is x's or 1. A size of 1 is read as such, never expanded: a gate that
             is constant in time is [1, 1, *C], one for each head [B, T, H, 1]. Any floating dtype that is no more
             precise than the state; complex with x of 32 bits or more.
-        initial_state: [B, *C], with cu_seqlens [N, *C]: h before the first step, in x's dtype or the state's; None is
-            zero.
+        initial_state: [B, *C], with cu_seqlens [N, *C]: h before the first step, in x's dtype, the state's, or real
+            where that is complex; None is zero.
         reverse: from the last step to the first: the initial state enters at T - 1, the final one is that of step 0.
         cu_seqlens: [N + 1] int32 or int64, from 0 to T without decrease: with B = 1, sequence n is the steps
             `cu_seqlens[n]:cu_seqlens[n + 1]` and independent of the others.
@@ -410,6 +481,7 @@ def linear_scan(
     Raises:
         ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if a second derivative is taken, or a forced backend cannot serve the call.
+        NotImplementedError: in forward-mode differentiation.
 
     Memory: a gradient keeps a, and h and the initial state if a's gradient is wanted too.
 
@@ -448,7 +520,7 @@ def softmax_scan(
         the state with which a following piece begins.
 
     Raises:
-        ValueError, RuntimeError: as for `linear_scan`.
+        ValueError, RuntimeError, NotImplementedError: as for `linear_scan`.
 
     Memory: a gradient keeps s, v, o, and two numbers of lse's dtype for each step and head.
 

@@ -22,6 +22,13 @@ def times(a: Tensor, h: Tensor) -> Tensor:
     return a * h
 
 
+def plus(x: Tensor, y: Tensor) -> Tensor:
+    """x + y; of complex numbers part by part: torch's own sum makes both parts NaN where one is."""
+    if x.is_complex() and y.is_complex():
+        return torch.complex(x.real + y.real, x.imag + y.imag)
+    return x + y
+
+
 def forgotten(a: Tensor, h: Tensor) -> Tensor:
     """Where h is infinite or NaN and a = 0 lets nothing of it pass."""
     return (a == 0) & ~h.isfinite()
@@ -91,7 +98,7 @@ def linear_scan(
         gates = a.unbind(1) if a.shape[1] == x.shape[1] else a.unbind(1) * x.shape[1]
         steps = [*zip(x.unbind(1), gates, strict=True)]
         for x_t, a_t in reversed(steps) if reverse else steps:
-            h = Carry.apply(a_t, h) + x_t
+            h = plus(Carry.apply(a_t, h), x_t)
             outputs.append(h)
         return joined(outputs, x[:, :0], reverse).to(storage), h
 

@@ -575,7 +575,9 @@ def softmax_scan_backward(
 
     dinitial_lse = -last[:, 1].sum(-1)
     if lse is not None:
-        given = (last[:, 0] * dense_state(initial_out, state)).sum(-1)
+        gradient = last[:, 0]
+        # In an empty sequence no gradient meets an infinite state.
+        given = torch.where(gradient == 0, 0.0, gradient * dense_state(initial_out, state)).sum(-1)
         dinitial_lse = (dinitial_lse + given).masked_fill(lse == -math.inf, 0.0)
     return ds.sum(0).to(s.dtype), dv, dinitial_lse, last[:, 0].clone()
 
