@@ -114,7 +114,7 @@ def list_cases(cases: list[harness.Case]) -> None:
     "--from",
     "source",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Measure nothing; read this JSON file and write the table and reports from it.",
+    help="Measure nothing; write the table and reports from this JSON file, with --op of some operators.",
 )
 @click.option("--device", type=click.Choice(harness.DEVICES), default=harness.CPU, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of every contender. Default: all cores.")
@@ -150,6 +150,7 @@ def main(
             found = record.load(source)
         except ValueError as error:
             raise click.UsageError(f"--from: {error}") from None
+        found.results = [result for result in found.results if not ops or result.op in ops]
     else:
         cases = on_device(device, select(harness.load_cases(), ops))
         if only_list:

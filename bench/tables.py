@@ -69,7 +69,7 @@ def make_row(result: Result, peer: str | None) -> dict[str, str]:
         "ours": format_seconds(result.seconds[harness.OURS]["median"]),
         "peer": format_seconds(result.seconds[peer]["median"]),
         "ratio": f"{colour}{format_ratio(ratio['median'])}",
-        "goal": "" if goal is None else f"{goal:g}x",
+        "goal": "" if goal is None else f"{goal:.3g}x",
         "20-80 %": f"{ratio['p20']:.2f}-{ratio['p80']:.2f}",
         "memory ours / peer": " / ".join(format_bytes(result.memory[name]) for name in (harness.OURS, peer))
         if weighed
@@ -178,7 +178,7 @@ def markdown_cells(result: Result | None, peer: str) -> list[str]:
     times = " / ".join(format_seconds(result.seconds[name]["median"]) for name in (harness.OURS, peer))
     text = f"**{format_ratio(ratio)}**"
     if goal is not None:
-        text += f" (goal {goal:g}x)" if ratio >= goal else f" (goal {goal:g}x, missed)"
+        text += f" (goal {goal:.3g}x)" if ratio >= goal else f" (goal {goal:.3g}x, missed)"
     return [times, text]
 
 
