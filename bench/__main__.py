@@ -98,7 +98,7 @@ def list_cases(cases: list[harness.Case]) -> None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this operator; may be given several times.")
-@click.option("--quick", is_flag=True, help="Fewer rounds: under two minutes.")
+@click.option("--quick", is_flag=True, help="Fewer rounds: under four minutes.")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the results."
 )
