@@ -277,7 +277,7 @@ IN_CACHE = (
 IN_CACHE_CAUSES = {(SAME_BYTES, mode): IN_CACHE for mode in (FORWARD, BACKWARD, TRAINING)}
 TORCH_SCAN = (
     "Both make a new output, and the first writing of its pages is most of our time: less than what an addition of the "
-    "same bytes takes, so that more is not to be had here. The goal was set where torch's scan took 14 times as long."
+    "same bytes takes, so that more is not to be had here. The goal was set where torch's scan took many times as long."
 )
 
 CPU_CASES = [
