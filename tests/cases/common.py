@@ -22,7 +22,10 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call of `op` on B rows of T steps. A room's class adds its shapes and options, and makes the tensors."""
+    """One call of `op` on B rows of T steps. A room's class adds its shapes and options, and makes the tensors.
+
+    The methods that raise NotImplementedError are that class's to write.
+    """
 
     op: str = field(kw_only=False)
     B: int = 3
