@@ -57,7 +57,9 @@ class Build(BuildExtension):
 
 
 class Sources(build_py):
-    """CUDA kernels are compiled at first use (seqops/core/launch.py): a wheel carries their sources as seqops/csrc."""
+    """CUDA kernels are compiled at first use (seqops/core/launch.py): a wheel carries their sources as seqops/csrc, and
+    those of CPU kernels too, since a stored choice of the tuner holds for one content of them (seqops/core/choose.py).
+    """
 
     def run(self):
         super().run()
@@ -71,7 +73,7 @@ class Sources(build_py):
     def cuda_sources(self):
         if self.editable_mode:  # they are found in the checkout
             return {}
-        names = [*glob("csrc/*/*.cu"), *glob("csrc/*/*.h"), "csrc/common/simulator.cpp"]
+        names = [*glob("csrc/*/*.cu"), *glob("csrc/*/*.h"), *glob("csrc/*/*_kernel.cpp"), "csrc/common/simulator.cpp"]
         return {name: Path(self.build_lib, "seqops", name) for name in names}
 
 

@@ -33,7 +33,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench import hardware
+from bench import hardware, tuned
 from bench import lines as wire
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,8 +45,8 @@ PACKAGES = {
     "triton": "backend triton",
     "cupy": "backend cuda",
     "numpy": "the benchmark",
-    "click": "the benchmark, tests of the command line",
-    "rich": "the benchmark",
+    "click": "the benchmark, tuning, tests of the command line",
+    "rich": "the benchmark, tuning",
     "pytest": "all tests and the benchmark",
     "pytest_benchmark": "the benchmark",
     "hypothesis": "tests with drawn inputs",
@@ -523,6 +523,30 @@ def bench(run: Run, seconds: float) -> str:
     return text
 
 
+def tune(run: Run, seconds: float) -> str:
+    """Latencies of the GPU, and the fastest constants at the benchmark's shapes: what may be shipped.
+
+    It is kept in the record alone, so that the benchmark measures what is shipped now.
+    """
+    run.require("cupy", "click", "rich")
+    folder = run.work / "tune"
+    shutil.rmtree(folder, ignore_errors=True)
+    record = run.record["tune"] = {"commands": {}, "store": None}
+
+    def execute(words: Sequence[str], limit: float) -> tuple[int | None, str]:
+        done = run.execute([run.python, "-m", "seqops", "tune", *words], "tune.log", limit)
+        return done.code, done.text
+
+    wrong = tuned.run_commands(execute, folder, record, seconds)
+    done, total = len(record["commands"]), len(tuned.COMMANDS)
+    text = f"{done} of {total} done"
+    if wrong:
+        raise StageError("\n".join([f"{text}, {len(wrong)} failures", *wrong]))
+    if done < total:
+        raise TimeoutError(f"after {text}")
+    return text
+
+
 def stages() -> list[Stage]:
     return [
         Stage("build", build, 180),
@@ -531,6 +555,7 @@ def stages() -> list[Stage]:
         Stage("tests", tests, 220, ("info",)),
         *(Stage(tool, sanitize(tool), 45, ("info",), reserve=15) for tool in SANITIZERS),
         Stage("bench", bench, 160, ("info",), reserve=90),
+        Stage("tune", tune, 120, ("info",), reserve=60),
     ]
 
 

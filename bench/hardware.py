@@ -396,7 +396,7 @@ def render(
         "<!-- Made by `python -m bench.hardware` from the files in bench/results; a test compares. -->",
         f"Which GPU kernel has run on which GPU, when, and how fast. {summary} Without a GPU, CUDA kernels run on a "
         "simulator and Triton kernels in Triton's interpreter, on the same cases, and both are compiled for sm_80, "
-        "sm_90, sm_100 and sm_120: that shows values, races and resources, and says nothing about speed.",
+        "sm_89, sm_90, sm_100 and sm_120: that shows values, races and resources, and says nothing about speed.",
         "    make gpu                    # on a machine with a GPU: build, test, sanitize, measure\n"
         "    python -m bench.hardware    # this page, from what that wrote to bench/results",
     ]

@@ -225,10 +225,15 @@ def update_markdown(path: Path, record: Record) -> None:
     Raises:
         ValueError: the page has no pair of markers.
     """
+    insert(path, markdown_table(record))
+
+
+def insert(path: Path, text: str) -> None:
+    """Replaces what stands between the two markers of a page; see `update_markdown`."""
     check_markdown(path)
     before, _, rest = (path.read_text() if path.exists() else f"{BEGIN}\n{END}\n").partition(BEGIN)
     _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n\n{markdown_table(record)}\n\n{END}{after}")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 def check_markdown(path: Path) -> None:

@@ -2,14 +2,29 @@
 
 import json
 import sys
+from importlib import import_module
 
 import click
 
 import seqops
 from seqops.core import info as core_info
 
+LATER = {"tune": "seqops.tune.cli"}  # command -> its module
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class LazyGroup(click.Group):
+    """Imports what is in LATER when it is asked for: the other commands do not need it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *LATER})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in LATER:
+            return getattr(import_module(LATER[cmd_name]), cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(seqops.__version__, prog_name="seqops")
 def main() -> None:
     """Fast sequence operators for PyTorch."""

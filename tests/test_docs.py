@@ -29,13 +29,17 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=ids)
-def test_examples_run(page, tmp_path, monkeypatch):
-    """A reader can paste the blocks of a page one after another."""
+def test_examples_run(page, tmp_path, monkeypatch, capsys):
+    """A reader can paste the blocks of a page one after another; a `text` block right after one is what it prints."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "example"}
+    printed = dict(blocks(page, "text"))
     for line, code in blocks(page, "python"):
         # The empty lines make tracebacks name the line in the page.
         exec(compile("\n" * line + code, str(page), "exec"), names)
+        output = capsys.readouterr().out
+        expected = printed.get(line + code.count("\n") + 3)
+        assert expected is None or output == expected, page
 
 
 def test_readme_first_screen():

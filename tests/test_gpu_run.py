@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from bench import gpu, hardware, harness, lines, watch
+from bench import tuned as tuned_file
 from seqops.core import backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,7 +151,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(run: gpu.Run) -> None:
 
 
 def test_missing_packages_leave_out_what_needs_them(run: gpu.Run) -> None:
-    run.record["missing"] = {"pytest": "all tests", "rich": "the benchmark", "ninja": "the build"}
+    run.record["missing"] = {"pytest": "all tests", "rich": "the benchmark, tuning", "ninja": "the build"}
     stages = [stage for stage in gpu.stages() if stage.name != "info"]
     run.go([gpu.Stage(stage.name, stage.run, stage.limit) for stage in stages])
     assert set(outcomes(run).values()) == {"not run"}
@@ -158,6 +159,7 @@ def test_missing_packages_leave_out_what_needs_them(run: gpu.Run) -> None:
     assert texts["build"] == "not installed: ninja"
     assert texts["tests"] == texts["memcheck"] == "not installed: pytest"
     assert texts["bench"] == "not installed: rich, pytest"
+    assert texts["tune"] == "not installed: rich"
 
 
 def test_wheels_of_pure_python_are_used(tmp_path: Path) -> None:
@@ -543,6 +545,116 @@ def test_the_modes_are_those_of_the_benchmark() -> None:
     assert set(hardware.MODES) == set(harness.MODES)
     assert set(hardware.SHOWN_MODES) <= set(harness.MODES)
     assert set(hardware.BACKENDS) == set(harness.BACKENDS[harness.CUDA])
+
+
+# --- tuning ----------------------------------------------------------------------------------------------------------
+
+
+def make_tuned(failed: str | None = None, reason: str | None = None) -> dict[str, Any]:
+    candidate = {"constants": {"tile": 8}, "failed": failed, "reason": reason}
+    return {"results": [{"kernel": "scan.forward.cuda", "candidates": [candidate]}]}
+
+
+@pytest.fixture
+def tuned(run: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
+    """Runs the stage with commands that print these documents, the last one again and again, and write a store."""
+
+    def go(*documents: dict[str, Any] | None, code: int | None = 0, seconds: float = 99) -> list[list[str]]:
+        commands: list[list[str]] = []
+
+        def execute(command: list[str], log: str, seconds: float) -> gpu.Done:
+            commands.append(command)
+            folder = Path(command[command.index("--output") + 1])
+            folder.mkdir(exist_ok=True)
+            entries = {f"key {number}": {"us": 1.0} for number in range(len(commands))}
+            (folder / "nvidia-stub-9.json").write_text(json.dumps({"format": 1, "entries": entries}))
+            document = documents[min(len(commands), len(documents)) - 1]
+            text = "" if document is None else json.dumps(document, indent=1)
+            return gpu.Done(code, f"scan forward 1/1: tile=8: 3 us\n{text}\n")
+
+        monkeypatch.setattr(run, "execute", execute)
+        run.go([gpu.Stage("tune", gpu.tune, seconds)])
+        return commands
+
+    return go
+
+
+def test_tuning_is_kept_so_that_it_can_be_shipped(tuned: Callable[..., list[list[str]]], run: gpu.Run) -> None:
+    commands = tuned({"probe": {"grid_barrier_us": 1.3}}, make_tuned())
+    assert [command[4] for command in commands[:2]] == ["--probe", "linear_scan"]
+    assert all(command[:4] == [run.python, "-m", "seqops", "tune"] for command in commands)
+    assert "--top" not in commands[0] and commands[1][commands[1].index("--top") + 1] == "4"
+    record = saved(run)["tune"]
+    assert list(record["commands"]) == sorted(tuned_file.COMMANDS)
+    assert record["commands"]["--probe"] == {"probe": {"grid_barrier_us": 1.3}}
+    assert len(record["store"]["entries"]) == len(tuned_file.COMMANDS)
+    assert saved(run)["stages"][0]["text"] == f"{len(tuned_file.COMMANDS)} of {len(tuned_file.COMMANDS)} done"
+    assert outcomes(run) == {"tune": "passed"}
+
+
+def test_wrong_candidates_fail_the_stage_and_keep_the_rest(tuned: Callable[..., list[list[str]]], run: gpu.Run) -> None:
+    tuned({}, make_tuned("check", "wrong: 1 of 9 values"), make_tuned("compile", "it spills"))
+    assert outcomes(run) == {"tune": "failed"}
+    text = saved(run)["stages"][0]["text"].splitlines()
+    expected = f"{tuned_file.SHAPES[0]}: scan.forward.cuda with {{'tile': 8}}: wrong: 1 of 9 values"
+    assert text == [f"{len(tuned_file.COMMANDS)} of {len(tuned_file.COMMANDS)} done, 1 failures", expected]
+    assert saved(run)["tune"]["store"]["entries"]
+
+
+def test_a_tuner_that_dies_is_told(tuned: Callable[..., list[list[str]]], run: gpu.Run) -> None:
+    tuned({}, None, code=1)
+    text = saved(run)["stages"][0]["text"]
+    assert outcomes(run) == {"tune": "failed"} and "ended with code 1: scan forward 1/1" in text
+
+
+def test_tuning_that_is_cut_off_keeps_what_it_has(tuned: Callable[..., list[list[str]]], run: gpu.Run) -> None:
+    commands = tuned(None, code=None)
+    assert len(commands) == 1 and outcomes(run) == {"tune": "cut off"}
+    assert saved(run)["stages"][0]["text"] == f"after 0 of {len(tuned_file.COMMANDS)} done"
+
+
+def test_what_is_tuned_is_what_is_measured() -> None:
+    """Every shape is one of the benchmark's on a GPU, and every word is one that `seqops tune` takes."""
+    from bench.scan import GPU_CASES
+    from seqops.tune import cli
+    from seqops.tune.target import targets
+
+    letters = {"batch": "B", "time": "T", "channels": "C", "heads": "H", "dim": "D"}
+    measured = [{**case.shape, "op": case.op, "dtype": str(case.dtype).removeprefix("torch.")} for case in GPU_CASES]
+    for case in list(measured):  # channels in heads are channels all the same
+        if case["op"] == "linear_scan" and "H" in case:
+            measured.append({**case, "C": case["H"] * case["D"]})
+    for words in tuned_file.SHAPES:
+        op, *rest = words.split()
+        flags = dict(zip(rest[::2], rest[1::2], strict=True))
+        known = {f"--{flag.name}" for target in targets() if target.op == op for flag in target.flags}
+        assert set(flags) <= known | {"--dtype"}, words
+        shape = {letters[name[2:]]: int(value) for name, value in flags.items() if name[2:] in letters}
+        wanted = {**shape, "op": op, "dtype": flags["--dtype"]}
+        assert any(wanted.items() <= case.items() for case in measured), words
+        with cli.tune.make_context("tune", [*words.split(), "--device", "h100"]) as context:
+            assert context.params["operator"] == op
+
+
+def test_what_was_found_is_shipped_unless_kernels_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from seqops.tune.store import Entry, Store
+    from seqops.tune.target import targets
+
+    first, second = targets()[:2]
+    found = Store(tmp_path / "found", tmp_path / "found")
+    for target, source in ((first, first.tunable.digest), (second, "0" * 16)):
+        found.put("NVIDIA Stub 9", 90, f"{target.tunable.name}|T<=8", Entry({"tile": 8}, "measured", source, us=1.5))
+    found.put_probe("NVIDIA Stub 9", 90, {"grid_barrier_us": 1.31})
+    file, folder = tmp_path / "run.json", tmp_path / "configs"
+    file.write_text(json.dumps({"tune": {"store": json.loads(found.path("NVIDIA Stub 9").read_text())}}))
+    assert tuned_file.main([str(file), "--folder", str(folder)]) == 0
+    assert "left out, since its kernel changed" in capsys.readouterr().out
+    shipped = Store(tmp_path / "nothing", folder)
+    assert shipped.probe("NVIDIA Stub 9") == {"grid_barrier_us": 1.31}
+    (listed,) = shipped.entries()
+    assert listed.key == f"{first.tunable.name}|T<=8" and listed.origin == "shipped" and listed.entry.us == 1.5
+    file.write_text("{}")
+    assert tuned_file.main([str(file)]) == 1 and "nothing was tuned" in capsys.readouterr().err
 
 
 # --- from run to run -------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""GPU kernels compiled for four generations of GPUs, without one: nothing spills, and a block fits into each of them.
+"""Triton kernels compiled for four generations of GPUs, without one: nothing spills, and a block fits into each.
 
 `pytest tests/test_offline.py -rA` lists what every kernel takes. Rooms are found by name: whatever `configurations()`
-of `seqops/<room>/triton.py` and `tiles.py` names is compiled. There are 1,000 kernels, and one takes a second, so
+of `seqops/<room>/triton.py` names is compiled. There are 1,000 kernels, and one takes a second, so
 
-    every run     one of each kind (a kernel and its types; in CUDA: and its storage type), for one architecture
-    slow          every Triton kernel, for one architecture: a kind has one for each pass and tile size, and meets all
-                  four; every CUDA kernel for all four
+    every run     one of each kind (a kernel and its types), for one architecture
+    slow          every kernel, for one architecture: a kind has one for each pass and tile size, and meets all four
+
+CUDA kernels, whose constants the tuner chooses, are compiled in test_tiles.py.
 """
 
 import importlib.util
@@ -27,24 +28,20 @@ ROOT = Path(__file__).parent.parent
 # Shared memory a block may ask for, in bytes.
 SHARED = {"sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 ARCHITECTURES = list(SHARED)
-# From sm_90 on the driver's own kilobyte is counted as the kernel's.
-RESERVED = {"sm_80": 0, "sm_90a": 1 << 10, "sm_100": 1 << 10, "sm_120": 1 << 10}
 REGISTERS_A_THREAD, REGISTERS_A_BLOCK = 255, 65536
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-HAS_NVRTC = importlib.util.find_spec("cupy_backends") is not None
 
 Configuration = dict[str, Any]
 
 
-def rooms(file: str) -> list[str]:
-    return sorted(path.parent.name for path in (ROOT / "seqops").glob(f"*/{file}.py"))
+def rooms() -> list[str]:
+    return sorted(path.parent.name for path in (ROOT / "seqops").glob("*/triton.py"))
 
 
-def listed(file: str) -> list[Configuration]:
+def listed() -> list[Configuration]:
     """The configurations of all rooms, where the compiler is installed."""
-    found = (import_module(f"seqops.{room}.{file}") for room in rooms(file))
-    return [each for module in found if hasattr(module, "configurations") for each in module.configurations()]
+    return [each for room in rooms() for each in import_module(f"seqops.{room}.triton").configurations()]
 
 
 def by_kind(
@@ -56,22 +53,18 @@ def by_kind(
     return list(kinds.values())
 
 
-def parameters(kinds: list[list[Configuration]], every: bool, name: Callable[[Configuration], str]) -> Iterator[Any]:
-    """Pairs of configuration and architecture, all but one of a kind marked slow.
-
-    Args:
-        every: each configuration for all architectures, instead of one.
-    """
-    for i, members in enumerate(kinds):
+def triton_parameters() -> Iterator[Any]:
+    """Configurations, each with an architecture, all but one of a kind marked slow."""
+    if not HAS_TRITON:
+        return
+    for i, members in enumerate(by_kind(listed(), triton_kind)):
         for j, configuration in enumerate(members):
             example = i % len(members)
-            turn = (i + j - example) % len(ARCHITECTURES)
-            for architecture in ARCHITECTURES if every else [ARCHITECTURES[turn]]:
-                chosen = j == example and architecture == ARCHITECTURES[turn]
-                # A thousand seconds of compiling: what is left here differs from what runs in constants only.
-                marks = () if chosen else pytest.mark.slow
-                identity = f"{name(configuration)}-{architecture}"
-                yield pytest.param(configuration, architecture, marks=marks, id=identity)
+            architecture = ARCHITECTURES[(i + j - example) % len(ARCHITECTURES)]
+            # A thousand seconds of compiling: what is left here differs from what runs in constants only.
+            marks = () if j == example else pytest.mark.slow
+            identity = f"{triton_name(configuration)}-{architecture}"
+            yield pytest.param(configuration, architecture, marks=marks, id=identity)
 
 
 def described(constants: dict[str, Any]) -> str:
@@ -100,9 +93,6 @@ def check(architecture: str, cubin: Path, shared: int, threads: int) -> None:
     assert -(-used["REG"] // 8) * 8 * -(-threads // 32) * 32 <= REGISTERS_A_BLOCK
 
 
-# ---- Triton
-
-
 def triton_kind(configuration: Configuration) -> tuple[Any, ...]:
     return configuration["kernel"].__name__, *configuration["types"].values()
 
@@ -113,14 +103,8 @@ def triton_name(configuration: Configuration) -> str:
     return f"{kernel}[{','.join(t[1:] for t in types)}]{constants}"
 
 
-def triton_parameters() -> list[Any]:
-    if not HAS_TRITON:
-        return []
-    return [*parameters(by_kind(listed("triton"), triton_kind), False, triton_name)]
-
-
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize(("configuration", "architecture"), triton_parameters())
+@pytest.mark.parametrize(("configuration", "architecture"), [*triton_parameters()])
 def test_triton(configuration: Configuration, architecture: str, tmp_path: Path) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -138,28 +122,6 @@ def test_triton(configuration: Configuration, architecture: str, tmp_path: Path)
     path = tmp_path / "kernel.cubin"
     path.write_bytes(compiled.asm["cubin"])
     check(architecture, path, compiled.metadata.shared, 32 * compiled.metadata.num_warps)
-
-
-# ---- CUDA C++
-
-
-def cuda_kind(configuration: Configuration) -> tuple[Any, ...]:
-    storage = [value for value in configuration["constants"].values() if isinstance(value, str)][:1]
-    return configuration["source"], configuration["entry"], *storage
-
-
-def cuda_name(configuration: Configuration) -> str:
-    return f"{configuration['entry']}-{described(configuration['constants'])}"
-
-
-@pytest.mark.skipif(not HAS_NVRTC, reason="CuPy is not installed")
-@pytest.mark.parametrize(
-    ("configuration", "architecture"), [*parameters(by_kind(listed("tiles"), cuda_kind), True, cuda_name)]
-)
-def test_cuda(configuration: Configuration, architecture: str) -> None:
-    path = launch.compile_offline(configuration["source"], configuration["constants"], architecture)
-    static = max(launch.resources(path).get("SHARED", 0) - RESERVED[architecture], 0)
-    check(architecture, path, static + configuration["shared"], configuration["threads"])
 
 
 # ---- the lists themselves
@@ -205,8 +167,8 @@ def test_every_scan_launch_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(scan, "launch", record)
     edges = torch.tensor([0, 3, 3, 70])
-    for steps in (256, 0):
-        monkeypatch.setattr(scan, "MARCH_STEPS", steps)
+    for steps in (0, 32):
+        monkeypatch.setattr(scan, "INTERPRETED_TILE", steps)
         for x_dtype, a_dtype, channels, shape in scan_shapes():
             x, a = torch.zeros(2, 70, *channels, dtype=x_dtype), torch.zeros(shape, dtype=a_dtype)
             h, last = scan.linear_scan(x, a)
@@ -228,17 +190,14 @@ def test_every_scan_launch_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rooms_are_found() -> None:
-    """A room with GPU kernels has a list of them, which is not empty, and no entry twice."""
-    assert "scan" in rooms("triton") and "scan" in rooms("tiles")
-    for file, name, installed in (("triton", triton_name, HAS_TRITON), ("tiles", cuda_name, True)):
-        names = [(name(each), *each.get("types", {}).values()) for each in listed(file)] if installed else ["none"]
-        assert names and len(names) == len({*names})
+    """A room with Triton kernels has a list of them, which is not empty, and no entry twice."""
+    assert "scan" in rooms()
+    names = [(triton_name(each), *each["types"].values()) for each in listed()] if HAS_TRITON else ["none"]
+    assert names and len(names) == len({*names})
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_every_architecture_is_met() -> None:
-    """Every run compiles for all four, and so does the slow one for each kind of Triton kernel."""
-    kinds = by_kind(listed("tiles"), cuda_kind)
-    assert {p.values[1] for p in parameters(kinds, True, cuda_name) if not p.marks} == {*ARCHITECTURES}
-    if HAS_TRITON:
-        assert {p.values[1] for p in triton_parameters() if not p.marks} == {*ARCHITECTURES}
-        assert all(len(members) >= len(ARCHITECTURES) for members in by_kind(listed("triton"), triton_kind))
+    """Every run compiles for all four, and so does the slow one for each kind of kernel."""
+    assert {p.values[1] for p in triton_parameters() if not p.marks} == {*ARCHITECTURES}
+    assert all(len(members) >= len(ARCHITECTURES) for members in by_kind(listed(), triton_kind))

@@ -907,9 +907,9 @@ RUNGS = {
 
 IN_RUNG = """
 import sys, pytest
-if sys.argv.pop(1) == "interpreter-tiles":  # so short sequences would all be marched through
+if sys.argv.pop(1) == "interpreter-tiles":  # short sequences too
     from seqops.scan import triton
-    triton.MARCH_STEPS, triton.TILE = 8, 8
+    triton.INTERPRETED_TILE, triton.PIECE = 8, 8
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *sys.argv[1:]]))
 """
 

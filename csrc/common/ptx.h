@@ -180,3 +180,18 @@ __device__ __forceinline__ void store_streaming(Value* address, Value value) {
   __stcs(address, value);
 }
 #endif
+
+// ---- time: cycles of this multiprocessor; in the simulator a count of the calls, which only tells before from after
+
+#if defined(SIMULATE)
+inline int64_t clock_cycles() {
+  static int64_t calls = 0;
+  return ++calls;
+}
+#else
+__device__ __forceinline__ int64_t clock_cycles() {
+  int64_t cycles;
+  asm volatile("mov.u64 %0, %%clock64;" : "=l"(cycles)::"memory");
+  return cycles;
+}
+#endif

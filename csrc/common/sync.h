@@ -47,6 +47,13 @@ inline void cluster_store(uint32_t* own, unsigned rank, uint32_t value, SIMULATO
 inline float cluster_load(const float* own, unsigned rank, SIMULATOR_HERE) {
   return *static_cast<const float*>(simulator::cluster_address(own, rank, "cluster_load", where));
 }
+inline void cluster_store_flag(uint32_t* own, unsigned rank, uint32_t value, SIMULATOR_HERE) {
+  *static_cast<volatile uint32_t*>(simulator::cluster_address(own, rank, "cluster_store_flag", where)) = value;
+  simulator::made_progress();
+}
+inline void cluster_wait_for_flag(const uint32_t* own, uint32_t value, SIMULATOR_HERE) {
+  while (*static_cast<const volatile uint32_t*>(own) != value) simulator::spin("a flag from the cluster", where);
+}
 #else
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank;
@@ -87,6 +94,17 @@ __device__ __forceinline__ float cluster_load(const float* own, unsigned rank) {
   float value;
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(cluster_address(own, rank)) : "memory");
   return value;
+}
+// A word that others wait for, and that orders nothing but itself.
+__device__ __forceinline__ void cluster_store_flag(uint32_t* own, unsigned rank, uint32_t value) {
+  asm volatile("st.relaxed.cluster.shared::cluster.u32 [%0], %1;" ::"r"(cluster_address(own, rank)), "r"(value)
+               : "memory");
+}
+__device__ __forceinline__ void cluster_wait_for_flag(const uint32_t* own, uint32_t value) {
+  uint32_t seen;
+  do {
+    asm volatile("ld.relaxed.cluster.shared::cta.u32 %0, [%1];" : "=r"(seen) : "r"(shared_address(own)) : "memory");
+  } while (seen != value);
 }
 #endif
 

@@ -187,10 +187,8 @@ class Run {
     const bool pairs = tiles.bfloat16_pairs && dtype == ScalarType::BFloat16;
     const int64_t lanes = dtype == ScalarType::Double ? tiles.lanes_double : tiles.lanes_float;
     const int64_t input_bytes = pairs ? 2 : (dtype == ScalarType::Double ? 8 : 4);
-    plan_ = make_plan({s.B, s.T, s.H, s.D, gates, depth, lanes, input_bytes,
-                       /*may_stay_narrow=*/like.element_size() == 2 && !pairs, team_size(),
-                       /*may_be_unpacked=*/!backward},
-                      tiles);
+    plan_ = make_plan({facts(cell).name, cell, backward, storage_of(dtype), s.B, s.T, s.H, s.D, gates, lanes,
+                       /*may_stay_narrow=*/like.element_size() == 2 && !pairs, team_size()});
     if (!plan_.unpacked) {
       const Panels panels = {s.D, lanes, plan_.panel_width, gates, packed_depth(depth, pairs)};
       packed_ = Scratch(s.H * panels.head_size() * (plan_.narrow_weights ? 2 : input_bytes));

@@ -17,18 +17,18 @@
 //   Map::Running, extend(raw, running)   builds it step by step
 //   SUMS, sum[SUMS]                  sums over the steps of a thread, given to store_sums(row, lane, sum); or 0
 //
-// Constants: VEC channels a thread · STEPS that a thread reads ahead (march) or holds (tiles) · THREADS a block ·
-// BLOCKS that must fit on a multiprocessor.
+// Constants: VEC channels a thread · STEPS that a thread reads ahead (march) or holds (tiles) · THREADS a block.
 // Letters: B batch, T time, C channels, N packed sequences.
 #pragma once
 
 #include "common/gpu.h"
 
-// For KERNEL: THREADS, and on a GPU also BLOCKS, which bounds a thread's registers.
+// For KERNEL: a thread may have as many registers as one block a multiprocessor leaves it. How many blocks fit is known
+// when THREADS and STEPS are chosen; a compiler that guesses at it now and then spills to make room for more.
 #if defined(SIMULATE)
 #define BOUNDS THREADS
 #else
-#define BOUNDS THREADS, BLOCKS
+#define BOUNDS THREADS, 1
 #endif
 
 // ------------------------------------------------------------------------------------------------ numbers
@@ -375,12 +375,11 @@ struct Packet {
 // The order of every fold depends on the sizes only, never on who came first. Products of gates are never multiplied
 // across tiles.
 //
-// The constants, for an H200 (estimated): 256 threads with 8 steps of two tensors are 64 KB in flight a block, two
-// blocks an SM, where 29 KB hide the latency; so loading may pause while a block folds. The chain of states through the
-// last tiles of the groups costs a write, a read and a fold, 0.6 us a group: 32 tiles of 96 KB, what a tile of 16-bit
-// tensors reads and writes, are 5.2 TB/s, above what the memory gives. With fewer tiles a group one row of tiles would
-// wait for its own chain; with more, the Maps read again (16 KB a tile on average) would outweigh the tile. Many rows
-// of tiles side by side share the wait, and groups are smaller.
+// The sizes are chosen by seqops/scan/tiles.py. What speaks for and against (estimates, for an H200): 29 KB in flight an
+// SM hide the latency; with two blocks of 64 KB loading may pause while one folds. The chain of states through the last
+// tiles of the groups costs a write, a read and a fold, 0.6 us a group: 32 tiles of 96 KB in that time are 5.2 TB/s, above
+// what the memory gives. With fewer tiles a group, one row of tiles would wait for its own chain; with more, the Maps read
+// again would outweigh the tile. Many rows of tiles side by side share the wait, and groups are smaller.
 //
 // Workspace, all zero: ticket [1]; states [strips][groups]; maps [strips][tiles], packets of all channels of a tile.
 // Shared memory: BYTES [STEPS][THREADS], Map [slices][channels], Map [group][channels], State [channels].

@@ -39,11 +39,11 @@ def collect(version: str) -> dict[str, dict]:
     return {
         "versions": _versions(version),
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "cores": os.cpu_count(),
             "instruction_set": torch.ops.seqops.cpu_isa(),
             "threads": torch.get_num_threads(),
-            "parallel_backend": _parallel_backend(),
+            "parallel_backend": parallel_backend(),
         },
         "gpus": _gpus(),
         "gpu_kernels": {
@@ -71,7 +71,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, as its maker writes it where the system tells."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             named = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.MULTILINE)
@@ -80,7 +81,8 @@ def _cpu_model() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
-def _parallel_backend() -> str:
+def parallel_backend() -> str:
+    """What torch's threads come from: OpenMP, or a pool."""
     named = re.search(r"ATen parallel backend: (.+)", torch.__config__.parallel_info())
     return named[1].strip() if named else "unknown"
 

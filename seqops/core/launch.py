@@ -44,9 +44,10 @@ SOURCES = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent
 
 # seconds to wait for another process that compiles the same, before compiling too
 _PATIENCE = 60
+_NO_CUPY = "CuPy is not installed (pip install 'seqops[cuda]')"
 _RUNTIME = "common/simulator.cpp"
 _DIGEST = hashlib.sha256().digest_size
-_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
+INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
 
 # attributes of a function: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES and _NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 _MAX_SHARED, _LARGE_CLUSTERS = 8, 14
@@ -197,10 +198,15 @@ class Kernel:
 def reason_missing() -> str | None:
     """Why no CUDA kernel can be launched on this machine, or None where it can."""
     if importlib.util.find_spec("cupy_backends") is None:
-        return "CuPy is not installed (pip install 'seqops[cuda]')"
+        return _NO_CUPY
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return _reason_without_nvrtc()
+
+
+def reason_not_compiled() -> str | None:
+    """Why no CUDA kernel can be compiled on this machine, with a GPU or without, or None where it can."""
+    return _NO_CUPY if importlib.util.find_spec("cupy_backends") is None else _reason_without_nvrtc()
 
 
 def reason_not_simulated() -> str | None:
@@ -329,8 +335,8 @@ def _with_includes(source: str) -> dict[str, str]:
     while wanted:
         name = wanted.pop()
         if name not in files:
-            files[name] = (SOURCES / name).read_text()
-            wanted += _INCLUDE.findall(files[name])
+            files[name] = (SOURCES / name).read_text("utf-8")
+            wanted += INCLUDE.findall(files[name])
     return files
 
 

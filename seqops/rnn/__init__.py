@@ -1,9 +1,10 @@
 """Recurrent networks: LSTM, GRU, sLSTM and Elman's."""
 
-from . import op, reference
+from . import cpu, op, reference
 from .op import elman, gru, lstm, slstm
 
 __all__ = ["elman", "gru", "lstm", "slstm"]
 
 for _name in __all__:
     op.provide_reference(_name, getattr(reference, _name))
+cpu.connect()

@@ -8,14 +8,14 @@ Letters: B batch, T time, C channels, N states (sequences, when packed), H heads
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core import launch
+from ..core import choose, launch
 from . import tiles
 
 NAMES = {
@@ -37,13 +37,37 @@ VALUES_BACKWARD = launch.Kernel("scan/softmax_scan.cu", "softmax_scan_backward",
 GRADIENTS = launch.Kernel("scan/softmax_scan.cu", "softmax_scan_gradients", "PPPPPPPPP" + "q" * 6 + "?")
 
 
-@cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+# By the name of the kernel in tiles.py.
+TUNABLES = {
+    name: choose.Tunable(f"{name}.cuda", tiles.problem, (f"scan/{name.partition('.')[0]}.cu", tiles.__file__))
+    for name in tiles.REGISTERS
+}
 
 
-def _device(like: Tensor) -> tiles.Device:
-    return tiles.device(_processors(like.device.index) if like.is_cuda else None)
+@lru_cache(maxsize=4096)
+def key_of(kernel: tiles.Pass, batch: int, time: int, channels: int) -> choose.Key:
+    """All sizes are rounded up to a power of two, so that few choices exist.
+
+    Sequences packed into a row may have any lengths: only the row counts, as if it were one sequence.
+    """
+    sizes = (("B", batch), ("T", time), ("L", channels // kernel.vec))
+    return choose.Key(
+        f"{kernel.name}.cuda",
+        kernel.dtype,
+        (
+            choose.Size("V", kernel.vec),
+            choose.Size("G", kernel.gates),
+            *(choose.bucket(name, value, tiles.POWERS, 2 * tiles.POWERS[-1]) for name, value in sizes),
+        ),
+    )
+
+
+def _choose(kernel: tiles.Pass, like: Tensor, batch: int, time: int, channels: int) -> choose.Solution:
+    tunable = TUNABLES[kernel.name]
+    if like.is_cuda:
+        return choose.solution(tunable, key_of(kernel, batch, time, channels), like.device)
+    forced = choose.forced_solution(tunable.name)
+    return tiles.simulated(kernel, batch, time, channels // kernel.vec) if forced is None else forced
 
 
 # ---- tensors as the kernels see them
@@ -140,10 +164,9 @@ class _Problem(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int]:
         return self.batch, self.time, self.channels, self.rows
 
-    def launch(self, like: Tensor, constants: dict[str, int | str], lane: tiles.Lane) -> tiles.Launch:
-        at, packed = _device(like), self.cu_seqlens is not None
-        march = tiles.marches(at, lane, self.rows, self.channels // lane.channels, self.time, packed)
-        return tiles.launch(at, constants, lane, self.batch, self.time, self.channels, self.rows, march)
+    def launch(self, like: Tensor, kernel: tiles.Pass) -> tiles.Launch:
+        chosen = _choose(kernel, like, self.batch, self.time, self.channels)
+        return tiles.launch(kernel, chosen, self.batch, self.time, self.channels, self.rows)
 
     def state(self, chosen: tiles.Launch, before: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
         """The memory of the last state [N, C]. Tiles write it where a sequence ends, and an empty one never does."""
@@ -168,9 +191,7 @@ class _Linear(NamedTuple):
     carry: torch.dtype
     gate: _Gate
     gate_sum: torch.dtype  # of sums over gates' gradients
-    gates: int
-    lane: tiles.Lane
-    constants: dict[str, int | str]
+    kernel: tiles.Pass
 
     @staticmethod
     def of(tensors: tuple[Tensor | None, ...], a: Tensor, channels: tuple[int, ...], backward: bool) -> _Linear:
@@ -189,9 +210,9 @@ class _Linear(NamedTuple):
                 gate, dtype = _Gate.of(a, channels, gate_sum), gate_sum
         if gates is None:
             vec = gates = 1
-        lane = tiles.linear_lane(storage, NAMES[dtype], vec, gates, backward)
-        constants = tiles.linear_constants(storage, NAMES[dtype], gates, backward)
-        return _Linear(first.dtype, carry, gate, gate_sum, gates, lane, constants)
+        walk = "backward" if backward else "forward"
+        kernel = tiles.Pass(f"linear_scan.{walk}", f"{storage}+{NAMES[dtype]}", vec, gates)
+        return _Linear(first.dtype, carry, gate, gate_sum, kernel)
 
 
 def linear_scan(
@@ -220,7 +241,7 @@ def linear_scan(
 
 
 def _forward(problem: _Problem, plan: _Linear, x: Tensor, initial: Tensor | None, h: Tensor, reverse: bool) -> Tensor:
-    chosen = problem.launch(x, plan.constants, plan.lane)
+    chosen = problem.launch(x, plan.kernel)
     final = problem.state(chosen, initial, x, plan.carry)
     pointers = (x, plan.gate.a, initial, h, final, problem.cu_seqlens, _workspace(chosen, x))
     strides = (*_strides(x), *plan.gate.strides(), plan.gate.div, plan.gate.mod)
@@ -271,7 +292,7 @@ def _backward(
     channels: tuple[int, ...],
     flip: bool,
 ) -> tuple[Tensor, Tensor]:
-    chosen = problem.launch(dx, plan.constants, plan.lane)
+    chosen = problem.launch(dx, plan.kernel)
     dinitial = problem.state(chosen, dfinal, dx, plan.carry)
     gradient = _GateGradient.of(problem, plan, chosen, dx) if h is not None else None
     memory = None if gradient is None else gradient.memory
@@ -295,7 +316,7 @@ class _GateGradient(NamedTuple):
 
     @staticmethod
     def of(problem: _Problem, plan: _Linear, chosen: tiles.Launch, like: Tensor) -> _GateGradient:
-        gate, vec, gates = plan.gate, plan.lane.channels, plan.gates
+        gate, vec, gates = plan.gate, plan.kernel.vec, plan.kernel.gates
         columns = problem.channels // vec * gates
         if gate.a.shape[1] == 1:
             rows = chosen.tiles * problem.batch if chosen.tiles else problem.rows
@@ -372,18 +393,14 @@ def _softmax_scan(
         alpha, p = torch.empty_like(lse), torch.empty_like(lse)
         initial = _state(initial_lse, real, problem.rows, heads)
         of_scores = problem._replace(channels=heads)
-        constants = tiles.score_constants("SCORES", NAMES[real], NAMES[scores.dtype])
-        lane = tiles.score_lane(NAMES[scores.dtype])
-        chosen = of_scores.launch(s, constants, lane)
+        chosen = of_scores.launch(s, tiles.Pass("softmax_scan.scores", f"{NAMES[real]}+{NAMES[scores.dtype]}"))
         pointers = (scores, initial, lse, m, u, alpha, p, of_scores.cu_seqlens, _workspace(chosen, s))
         arguments = (*pointers, *of_scores.sizes(), *_strides(scores), chosen.lanes, chosen.group, reverse)
         SCORES(chosen.constants, chosen.grid, chosen.threads, arguments, like=s, shared=chosen.shared)
 
         out = _state(initial_out, real, problem.rows, problem.channels)
         vec = _values_of_thread(heads, flat, o)
-        storage = NAMES[v.dtype]
-        lane = tiles.softmax_lane(storage, vec, backward=False)
-        chosen = problem.launch(v, tiles.softmax_constants("FORWARD", storage), lane)
+        chosen = problem.launch(v, tiles.Pass("softmax_scan.forward", NAMES[v.dtype], vec))
         pointers = (flat, alpha, p, out, o, problem.cu_seqlens, _workspace(chosen, v))
         sizes = (problem.batch, problem.time, heads, problem.channels // heads, problem.rows)
         arguments = (*pointers, *sizes, *_strides(flat), chosen.lanes, chosen.group, reverse)
@@ -440,8 +457,7 @@ def _gradients(
     problem, real = problem._replace(channels=s.shape[2]), alpha.dtype
     score = real if real == torch.float64 else s.dtype
     ds = torch.empty(s.shape, dtype=score, device=s.device)
-    constants = tiles.score_constants("GRADIENTS", NAMES[real], NAMES[score])
-    chosen = problem.launch(s, constants, tiles.gradient_lane(NAMES[real]))
+    chosen = problem.launch(s, tiles.Pass("softmax_scan.gradients", f"{NAMES[real]}+{NAMES[score]}"))
     dinitial = problem.state(chosen, None, s, real)
     dlse = None if dlse is None else dlse.to(real).contiguous()
     tensors = (alpha, p, product_v.contiguous(), product_o.contiguous(), dlse, ds, dinitial, problem.cu_seqlens)
@@ -456,13 +472,13 @@ def _weights(
     """alpha and p [B, T, H] from what the forward kept."""
     scores, heads = _scores(s, real), s.shape[2]
     alpha, p = (torch.empty(s.shape, dtype=real, device=s.device) for _ in range(2))
-    constants = tiles.score_constants("WEIGHTS", NAMES[real], NAMES[scores.dtype])
-    constants = {**constants, "VEC": 1, "THREADS": tiles.WEIGHT_THREADS, "STEPS": 1}
+    kernel = tiles.Pass("softmax_scan.weights", f"{NAMES[real]}+{NAMES[scores.dtype]}")
+    chosen = _choose(kernel, s, problem.batch, problem.time, heads)
+    threads = chosen["threads"]
     initial = _state(initial_lse, real, problem.rows, heads)
     pointers = (scores, m.contiguous(), u.contiguous(), initial, alpha, p, problem.cu_seqlens)
     arguments = (*pointers, *problem._replace(channels=heads).sizes(), *_strides(scores), reverse)
-    grid = -(-s.numel() // tiles.WEIGHT_THREADS)
-    WEIGHTS(constants, grid, tiles.WEIGHT_THREADS, arguments, like=s)
+    WEIGHTS(tiles.compiled(kernel, chosen), -(-s.numel() // threads), threads, arguments, like=s)
     return alpha, p
 
 
@@ -476,9 +492,8 @@ def _values_backward(
         return _zeros(v), none, none, alpha.new_zeros((problem.rows, heads, width))
     flat_do, flat_v, flat_o = _flat(do), _flat(v), _flat(o).contiguous()
     dv = torch.empty(flat_v.shape, dtype=v.dtype, device=v.device)
-    storage, vec = NAMES[v.dtype], _values_of_thread(heads, flat_do, flat_v, flat_o, dv)
-    lane = tiles.softmax_lane(storage, vec, backward=True)
-    chosen = problem.launch(v, tiles.softmax_constants("BACKWARD", storage), lane)
+    vec = _values_of_thread(heads, flat_do, flat_v, flat_o, dv)
+    chosen = problem.launch(v, tiles.Pass("softmax_scan.backward", NAMES[v.dtype], vec))
     seam = tiles.summed_lanes(width // vec, chosen.lanes)
     products = alpha.new_empty((2, *alpha.shape, width // vec // seam))
     dinitial = problem.state(chosen, None, v, alpha.dtype)

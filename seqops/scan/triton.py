@@ -9,6 +9,8 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core import choose
+from . import tiles
 from . import triton_kernels as kernels
 from .triton_kernels import APPLY, EACH, FOLD, NONE, RECALL, REDUCE, SUM
 
-# By estimate 100K lanes fill an H200; below 3/5 of that the tiled form's additional reads cost less than idle lanes.
-MARCH_CHANNELS = 60_000
-# Up to here one walk takes less time than three launches.
-MARCH_STEPS = 256
-# Steps. Longer tiles make the fold shorter, and leave less to do at a time.
-TILE = 64
+# Steps of a tile in the interpreter, which has no device to choose for; 0: one walk, however long.
+INTERPRETED_TILE = 0
+# What needs no fold may be cut anywhere.
+PIECE = 64
 
 INTERPRETED = triton.knobs.runtime.interpret
 REALS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
@@ -77,9 +79,35 @@ def gate_dtype(a: torch.dtype, x: torch.dtype) -> torch.dtype:
     return x if a == x or a.is_complex else REALS.get(state, state)
 
 
-def in_tiles(sequences: int, channels: int, steps: int) -> bool:
-    """Whether to walk in tiles: few channels and many steps."""
-    return steps > MARCH_STEPS and sequences * channels < MARCH_CHANNELS
+SOURCES = (
+    tiles.__file__,
+    __file__,
+    *(str(Path(__file__).with_name(f"triton_{part}.py")) for part in ("kernels", "blocks")),
+)
+TUNABLES = {
+    name: choose.Tunable(f"{name}.triton", tiles.problem_in_triton, SOURCES)
+    for name in ("linear_scan.forward", "linear_scan.backward", *(f"softmax_scan.{n}" for n in tiles.SOFTMAX_WALKS))
+}
+
+
+@lru_cache(maxsize=4096)
+def key_of(kernel: str, dtype: torch.dtype, batch: int, steps: int, channels: int) -> choose.Key:
+    """All sizes are rounded up to a power of two, so that few choices exist. Of packed sequences the row counts."""
+    sizes = (("B", batch), ("T", steps), ("C", channels))
+    buckets = tuple(choose.bucket(name, value, tiles.POWERS, 2 * tiles.POWERS[-1]) for name, value in sizes)
+    return choose.Key(f"{kernel}.triton", str(dtype).removeprefix("torch."), buckets)
+
+
+def tile_of(kernel: str, like: Tensor, channels: int) -> int:
+    """Steps of a tile; 0: one walk through them all."""
+    tunable, (batch, steps) = TUNABLES[kernel], like.shape[:2]
+    chosen: choose.Solution | None
+    if like.is_cuda:
+        chosen = choose.solution(tunable, key_of(kernel, like.dtype, batch, steps, channels), like.device)
+    else:
+        chosen = choose.forced_solution(tunable.name)
+    tile = INTERPRETED_TILE if chosen is None else chosen["tile"]
+    return tile if steps > tile else 0
 
 
 def widths(room: int) -> list[int]:
@@ -155,21 +183,24 @@ def gate_of(a: Tensor, dtype: torch.dtype, shape: torch.Size) -> Gate:
     return Gate(values, outer, math.prod(own), inner, tuple(own))
 
 
-def place_rows(batch: int, steps: int, cu_seqlens: Tensor | None, tiled: bool, device: torch.device) -> Rows:
-    """Rows of a walk over [batch, steps]; nothing waits for the values of `cu_seqlens`."""
+def place_rows(batch: int, steps: int, cu_seqlens: Tensor | None, tile: int, device: torch.device) -> Rows:
+    """Rows of a walk over [batch, steps]; nothing waits for the values of `cu_seqlens`.
+
+    tile: steps; 0: whole sequences.
+    """
     unused = torch.empty(0, dtype=torch.int64, device=device)
     if cu_seqlens is None:
-        tiles = -(-steps // TILE) if tiled else 1
-        return Rows(unused, unused, unused, batch * tiles, 0, 0, batch, tiles, TILE if tiled else steps)
+        pieces = -(-steps // tile) if tile else 1
+        return Rows(unused, unused, unused, batch * pieces, 0, 0, batch, pieces, tile or steps)
     edges, sequences = cu_seqlens.to(torch.int64).contiguous(), len(cu_seqlens) - 1
-    if not tiled:
+    if not tile:
         return Rows(edges, unused, unused, sequences, sequences, 0, sequences, 1, steps)
     # As `locate` clamps them. Every sequence may leave one tile unfilled; rows that no sequence needs stay empty.
     edges = torch.cat((edges.new_zeros(1), edges[1:-1].clamp(0, steps), edges.new_full((1,), steps))).cummax(0).values
-    tile = torch.cat((edges.new_zeros(1), ((edges.diff() + TILE - 1) // TILE).cumsum(0)))
-    rows = steps // TILE + sequences
-    sequence = torch.searchsorted(tile[1:], torch.arange(rows, device=device), right=True).clamp(max=sequences - 1)
-    return Rows(edges, sequence, tile, rows, rows, rows, sequences, 1, TILE)
+    first = torch.cat((edges.new_zeros(1), ((edges.diff() + tile - 1) // tile).cumsum(0)))
+    rows = steps // tile + sequences
+    sequence = torch.searchsorted(first[1:], torch.arange(rows, device=device), right=True).clamp(max=sequences - 1)
+    return Rows(edges, sequence, first, rows, rows, rows, sequences, 1, tile)
 
 
 def fold_rows(rows: Rows) -> tuple[Rows, tuple[int, int]]:
@@ -229,6 +260,7 @@ def forward_constants(
 
 
 def scan_forward(
+    kernel: str,
     x: Tensor,
     gate: Gate,
     p: Tensor | None,
@@ -240,10 +272,9 @@ def scan_forward(
 ) -> None:
     """Write h [B, T, C] and last [sequences, C]."""
     batch, steps, width = x.shape
-    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    tiled = in_tiles(sequences, width, steps)
-    rows = place_rows(batch, steps, cu_seqlens, tiled, x.device)
-    if tiled:
+    tile = tile_of(kernel, x, width)
+    rows = place_rows(batch, steps, cu_seqlens, tile, x.device)
+    if tile:
         state = state_dtype(x.dtype)
         carry = torch.empty(rows.rows, width, dtype=state, device=x.device)
         product = torch.empty(rows.rows, gate.gates, dtype=wide(gate.values.dtype), device=x.device)
@@ -344,7 +375,7 @@ def linear_scan(
     x_read = readable(x.to(storage), batch, steps, width)
     gate = gate_of(a, gate_dtype(a.dtype, storage), x.shape)
     initial = dense_state(initial_state, state)
-    scan_forward(x_read, gate, None, initial, h, last, reverse, cu_seqlens)
+    scan_forward("linear_scan.forward", x_read, gate, None, initial, h, last, reverse, cu_seqlens)
     return h, last
 
 
@@ -371,11 +402,11 @@ def linear_scan_backward(
     gate = gate_of(a, gate_dtype(a.dtype, storage), like.shape)
     dh_read = None if dh is None else readable(dh, batch, steps, width)
     h_read = dh_read if h is None else readable(h, batch, steps, width)
-    tiled = in_tiles(sequences, width, steps)
-    rows = place_rows(batch, steps, cu_seqlens, tiled, like.device)
+    tile = tile_of("linear_scan.backward", like, width)
+    rows = place_rows(batch, steps, cu_seqlens, tile, like.device)
     carry, last = dense_state(dfinal_state, state), dinitial
     sums = state if gate.values.is_complex() else REALS.get(state, state)
-    if tiled:
+    if tile:
         folded = torch.empty(rows.rows, width, dtype=state, device=like.device)
         product = torch.empty(rows.rows, gate.gates, dtype=wide(gate.values.dtype), device=like.device)
         run_backward(REDUCE, NONE, rows, dh_read, gate, h_read, None, (folded, product, None), None, reverse)
@@ -460,16 +491,15 @@ def run_softmax(
         return o, lse, m, u
     s = readable(score(s, state), batch, steps, heads)
     maximum = dense_state(initial_lse, state)
-    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    tiled = in_tiles(sequences, heads, steps)
-    rows = place_rows(batch, steps, cu_seqlens, tiled, v.device)
+    tile = tile_of("softmax_scan.scores", s, heads)
+    rows = place_rows(batch, steps, cu_seqlens, tile, v.device)
     outputs, weight = {"p_m": m, "p_u": u, "p_alpha": alpha, "p_p": p, "p_lse": lse}, None
-    if tiled:
+    if tile:
         maxima, sums = (torch.empty(rows.rows, heads, dtype=state, device=v.device) for _ in range(2))
         run_weights(REDUCE, rows, s, {**outputs, "p_m": maxima, "p_u": sums}, None, None, reverse)
         folded, shape = fold_rows(rows)
-        tiles = {**outputs, "p_m": maxima, "p_u": sums}
-        run_weights(FOLD, folded, maxima.view(*shape, heads), tiles, maximum, None, reverse)
+        partial = {**outputs, "p_m": maxima, "p_u": sums}
+        run_weights(FOLD, folded, maxima.view(*shape, heads), partial, maximum, None, reverse)
         maximum, weight = maxima, sums
     run_weights(APPLY, rows, s, outputs, maximum, weight, reverse, keep=keep)
 
@@ -478,7 +508,7 @@ def run_softmax(
         initial = initial.masked_fill((initial_lse == -math.inf)[..., None], 0.0)
     gate = Gate(alpha, 1, heads, width, (heads,))
     values = readable(v, batch, steps, heads * width)
-    scan_forward(values, gate, p, initial, o, None, reverse, cu_seqlens)
+    scan_forward("softmax_scan.forward", values, gate, p, initial, o, None, reverse, cu_seqlens)
     return o, lse, m, u
 
 
@@ -549,7 +579,8 @@ def softmax_scan_backward(
     lse = dense_state(initial_lse, state)
     alpha, p = torch.empty_like(m), torch.empty_like(m)
     # alpha and p follow from m and u at any step, so tiles need no fold.
-    rows = place_rows(batch, steps, cu_seqlens, steps > TILE, v.device)
+    piece = PIECE if steps > PIECE else 0
+    rows = place_rows(batch, steps, cu_seqlens, piece, v.device)
     outputs = {"p_m": m, "p_u": u, "p_alpha": alpha, "p_p": p, "p_lse": m}
     run_weights(RECALL, rows, readable(score(s, state), batch, steps, heads), outputs, lse, None, reverse)
 
@@ -559,13 +590,13 @@ def softmax_scan_backward(
         None if dlse is None else readable(dlse.to(state), batch, steps, heads),
     )
     inputs = (readable(o, *flat), readable(v, *flat), alpha, p)
-    tiled = in_tiles(sequences, heads * width, steps)
-    if tiled != (steps > TILE):
-        rows = place_rows(batch, steps, cu_seqlens, tiled, v.device)
+    tile = tile_of("softmax_scan.backward", v, heads * width)
+    if tile != piece:
+        rows = place_rows(batch, steps, cu_seqlens, tile, v.device)
     blocks = -(-width // block(WARP, heads, width)["BR"])
     ds = torch.empty(blocks, batch, steps, heads, dtype=state, device=v.device)
     carry, end = None, last
-    if tiled:
+    if tile:
         carry = torch.empty(rows.rows, 2, heads, width, dtype=state, device=v.device)
         product = torch.empty(rows.rows, heads, dtype=torch.float64, device=v.device)
         run_values(REDUCE, rows, grads, inputs, (product, ds), None, carry, reverse)

@@ -1,0 +1,1 @@
+"""Choosing tile constants: see `csp` for the solver, `device` for the hardware model, `search` for timing."""
