@@ -15,7 +15,7 @@ EXTENSION := seqops/_C.abi3.so
 # The tests' own are 1 to 3; every number is another order of threads, warps and blocks.
 SCHEDULES ?= 4 5 6 7 8 9 10 11 12
 # Tests of the rooms that have CUDA kernels.
-SIMULATED := tests/test_scan.py
+SIMULATED := tests/test_scan.py tests/test_rnn.py
 SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help

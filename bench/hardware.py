@@ -122,7 +122,7 @@ def find_sources(operator: str, backend: str, room: str, root: Path = ROOT) -> l
         kernels = root / "csrc" / room
         files += kernels.glob(f"{operator}*.cu")
         files += [path for path in kernels.glob("*.cu") if not any(kernels.glob(f"{operator}*.cu"))]
-        files += [kernels / "device.h", kernels / f"{room}.h"]
+        files += [kernels / "device.h", *kernels.glob("device_*.h"), kernels / f"{room}.h"]
         files += [root / "csrc" / "common" / f"{name}.h" for name in ("gpu", "ptx", "sync", "dtype")]
         files += [root / "seqops" / "core" / "launch.py"]
     return sorted({path.relative_to(root).as_posix() for path in files if path.exists()})

@@ -116,7 +116,7 @@ def row(target: Target, dtype: str, shape: dict[str, int], threads: int) -> dict
 
 
 def rows(quick: bool, threads: int) -> Iterator[dict[str, Any]]:
-    for target, dtype, sizes in product(tune.TARGETS, DTYPES, QUICK if quick else SHAPES):
+    for target, dtype, sizes in product(tune.CPU_TARGETS, DTYPES, QUICK if quick else SHAPES):
         yield row(target, dtype, dict(zip(("heads", "dim", "batch", "time"), sizes, strict=True)), threads)
 
 

@@ -1,7 +1,11 @@
-"""Values, gradients and behaviour of lstm, gru, slstm and elman on the CPU."""
+"""Values, gradients and behaviour of lstm, gru, slstm and elman, on the CPU and in the CUDA simulator.
+
+Tests and cases that are marked `small` run again in the simulator: see RUNGS.
+"""
 
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -141,6 +145,16 @@ def narrow_bounds(
     return {name: 1.2 * max(cases.error(peer[name], value), floor[name]) for name, value in exact.items()}
 
 
+def bounds(
+    case: Case, inputs: dict[str, Any], cotangents: Sequence[Tensor], exact: dict[str, Tensor]
+) -> float | dict[str, float]:
+    if case.dtype in cases.WIDE:
+        return case.tolerance()
+    if case.B * case.T == 0:
+        return torch.finfo(case.dtype).eps
+    return narrow_bounds(case, inputs, cotangents, exact)
+
+
 @pytest.mark.parametrize("case", params())
 def test_values_and_gradients(case: Case) -> None:
     """Every output and the gradient of every input, for random gradients of every output."""
@@ -149,10 +163,7 @@ def test_values_and_gradients(case: Case) -> None:
     assert [o.dtype for o in outputs] == case.output_dtypes
     cotangents = case.cotangents(outputs)
     exact = cases.exact_results(case, inputs, cotangents)
-    if case.dtype in cases.WIDE or case.B * case.T == 0:
-        bound = case.tolerance() if case.dtype in cases.WIDE else torch.finfo(case.dtype).eps
-    else:
-        bound = narrow_bounds(case, inputs, cotangents, exact)
+    bound = bounds(case, inputs, cotangents, exact)
     cases.assert_within(cases.evaluate(case.operator, inputs, cotangents), exact, bound)
 
 
@@ -243,6 +254,7 @@ def slstm_edges() -> dict[str, dict[str, Tensor]]:
     }
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("edge", slstm_edges())
 def test_slstm_edges(edge: str) -> None:
     inputs = {name: value.clone().requires_grad_() for name, value in slstm_edges()[edge].items()}
@@ -352,6 +364,7 @@ def test_padded_batch_equals_separate_sequences(op: str, reverse: bool) -> None:
     cases.assert_within({name: whole[name] for name in sums}, cases.in_double(sums), case.tolerance())
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("place", ["wx", "h0"])
 @pytest.mark.parametrize(("op", "nonlinearity"), CELLS)
 def test_nan_stays_in_its_row_and_head(op: str, nonlinearity: str, place: str) -> None:
@@ -384,6 +397,7 @@ def test_nan_stays_in_its_row_and_head(op: str, nonlinearity: str, place: str) -
         assert torch.equal(got[name][~touched], value[~touched]), name
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("op", "nonlinearity"), CELLS)
 def test_values_that_are_not_finite(op: str, nonlinearity: str, value: float) -> None:
@@ -441,6 +455,7 @@ def test_two_runs_and_two_backwards_are_bit_equal(case: Case) -> None:
     cases.assert_same_bits({str(i): o for i, o in enumerate(outputs)}, {n: v for n, v in first.items() if n[0] != "d"})
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("dtype", [*cases.WIDE, *cases.NARROW], ids=str)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_training_and_clipping_leave_the_forward_alone(op: str, dtype: torch.dtype) -> None:
@@ -453,6 +468,7 @@ def test_training_and_clipping_leave_the_forward_alone(op: str, dtype: torch.dty
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("op", OPERATORS)
 def test_zero_clip_cuts_time(op: str) -> None:
     """With grad_clip = 0 no gradient of h crosses a step, so h0 gets none; without a clip it does."""
@@ -484,6 +500,7 @@ def test_number_of_threads_changes_no_bit(op: str, dtype: torch.dtype, shape: di
     cases.assert_within(double, cases.in_double(single), 1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("T", [0, 5])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_outputs_are_new_memory(op: str, T: int) -> None:
@@ -570,6 +587,125 @@ def test_instruction_sets(name: str, run_python: Callable[..., str]) -> None:
     """SEQOPS_CPU_ISA lowers the choice and never raises it above what the processor has; each set passes the cases."""
     output = run_python(IN_SET, __file__, SEQOPS_CPU_ISA=name)
     assert f"set: {min(name, best_set(), key=SETS.index)}\n" in output
+
+
+# ---------------------------------------------------------------- the CUDA kernels, simulated
+
+RUNGS = {f"simulator-{seed}": {"SEQOPS_BACKEND": "cuda", "SEQOPS_SIMULATE": str(seed)} for seed in (1, 2, 3)}
+
+IN_RUNG = """
+import sys, pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_rung(rung: str, run_python: Callable[..., str]) -> None:
+    """All tests of this file that are marked small, in a process of their own. Above five seconds for that reason."""
+    if shutil.which("g++") is None:
+        pytest.skip("the simulator compiles with g++")
+    output = run_python(IN_RUNG, "-m", "small and not slow and not gpu", __file__, **RUNGS[rung])
+    assert " passed" in output and " skipped" not in output, output
+
+
+@pytest.mark.parametrize("line", ["__syncthreads();", "cp_async_wait<RING - 1>();"])
+@pytest.mark.parametrize("loop", ["step < rows.longest", "step = rows.longest - 1"], ids=["forward", "backward"])
+def test_a_missing_wait_is_noticed(loop: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the loop over steps: without a barrier, or without waiting for what was asked for, values are wrong."""
+    if shutil.which("g++") is None:
+        pytest.skip("the simulator compiles with g++")
+    from seqops.core import launch
+    from seqops.rnn import cuda
+
+    shutil.copytree(launch.SOURCES, tmp_path / "csrc")
+    header = tmp_path / "csrc" / "rnn" / "device.h"
+    before, found, after = header.read_text().partition(f"for (int {loop}" if "=" in loop else loop)
+    assert found and line in after
+    header.write_text(before + found + after.replace(line, "", 1))
+    monkeypatch.setattr(launch, "SOURCES", tmp_path / "csrc")
+    monkeypatch.setenv("SEQOPS_SIMULATE", "2")
+    for kernel in cuda.KERNELS["gru"]:
+        monkeypatch.setattr(kernel, "_simulated", {})
+    case = Case("gru", B=9, T=5, H=2, D=33)
+    inputs = case.inputs()
+    cotangents = case.cotangents(case.operator(**inputs))
+    exact = cases.exact_results(case, inputs, cotangents)
+    with seqops.backend("cuda"):
+        got = cases.evaluate(case.operator, inputs, cotangents)
+    with pytest.raises(AssertionError, match="above their bounds"):
+        cases.assert_within(got, exact, case.tolerance())
+
+
+@pytest.mark.parametrize("case", params("small"))
+def test_heads_that_fit_no_block(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU such heads are served step by step in torch, within the bounds of the kernels."""
+    if shutil.which("g++") is None:
+        pytest.skip("without the simulator CPU tensors reach no CUDA kernel")
+    from seqops.rnn import cuda_tiles
+
+    monkeypatch.setenv("SEQOPS_SIMULATE", "1")
+    monkeypatch.setattr(cuda_tiles, "simulated", lambda *_: None)
+    with seqops.backend("cuda"):
+        test_values_and_gradients(case)
+        with torch.no_grad():
+            assert all(state.is_contiguous() for state in case.operator(**case.inputs())[1:])
+
+
+# ---------------------------------------------------------------- GPU
+
+
+def check_on(case: Case, device: str) -> None:
+    """Values and gradients of the CUDA kernels; a second run is bit-equal."""
+    inputs = case.inputs(device)
+    with seqops.backend("cuda"):
+        cotangents = case.cotangents(case.operator(**inputs))
+        got = cases.evaluate(case.operator, inputs, cotangents)
+        cases.assert_same_bits(cases.evaluate(case.operator, inputs, cotangents), got)
+    exact = cases.exact_results(case, inputs, cotangents)
+    bound = bounds(case, case.inputs(), [cotangent.cpu() for cotangent in cotangents], exact)
+    cases.assert_within(got, exact, bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", params(where=lambda case: "slow" not in case.marks))
+def test_gpu(case: Case) -> None:
+    """The whole table on CUDA tensors: heads that a block holds, and others."""
+    check_on(case, "cuda")
+
+
+@pytest.mark.parametrize("case", params("tiny"))
+def test_gpu_tests_check(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests on a GPU do, on the simulator."""
+    if shutil.which("g++") is None:
+        pytest.skip("the simulator compiles with g++")
+    monkeypatch.setenv("SEQOPS_SIMULATE", "1")
+    check_on(case, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 300])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_gpu_graph(op: str, D: int) -> None:
+    """Forward and backward are captured once and replayed on other values, with the bits of an ordinary run."""
+    case = Case(op, B=5, T=20, H=2, D=D, dtype=torch.bfloat16, lengths=True)
+    inputs = case.inputs("cuda")
+    cotangents = case.cotangents(case.operator(**inputs))
+    stream = torch.cuda.Stream()
+    with seqops.backend("cuda"):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            cases.evaluate(case.operator, inputs, cotangents)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = cases.evaluate(case.operator, inputs, cotangents)
+        for factor in (1.0, 0.5, -1.0):
+            with torch.no_grad():
+                inputs["wx"].mul_(factor)
+            graph.replay()
+            torch.cuda.synchronize()
+            replayed = {key: value.clone() for key, value in captured.items()}
+            cases.assert_same_bits(replayed, cases.evaluate(case.operator, inputs, cotangents))
 
 
 def test_case_table_repeats() -> None:

@@ -23,7 +23,7 @@ from seqops.rnn import cpu, tiles, tune
 from seqops.tune import csp, device
 from seqops.tune.search import compare
 
-TARGETS = {(target.op, target.direction): target for target in tune.TARGETS}
+TARGETS = {(target.op, target.direction): target for target in tune.CPU_TARGETS}
 PLAN = cpu.plan
 GOOD = {"workers": 1, "row_blocks": 1, "split_units": 0, "panel_width": 1, "narrow_weights": 0}
 both = pytest.mark.parametrize(("op", "direction"), TARGETS)
@@ -271,19 +271,32 @@ def test_an_incomplete_choice_is_named() -> None:
         run()
 
 
-def test_an_interrupt_is_not_lost(asked: Asked) -> None:
-    """It is raised when the call is over, and the next call is as ever."""
+INTERRUPT = """
+import signal, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background without it
+import seqops
+from seqops.rnn import cpu
+def run():
+    return seqops.lstm(torch.ones(2, 9, 4, 1, 8), torch.ones(4, 1, 8, 8))[0]
+def interrupt(question):
+    raise KeyboardInterrupt
+expected, plan = run(), cpu.plan
+seqops.core.choose.forget()
+cpu.plan = interrupt
+try:
+    run()
+    for _ in range(1000): pass  # Python delivers a signal between two instructions
+    print("lost")
+except KeyboardInterrupt:
+    print("interrupted")
+cpu.plan = plan
+print(torch.equal(run(), expected))
+"""
 
-    def interrupt(question: Any) -> choose.Solution:
-        raise KeyboardInterrupt
 
-    expected = run()
-    asked.answer = interrupt
-    choose.forget()
-    with pytest.raises(KeyboardInterrupt):
-        run()
-    asked.answer = PLAN
-    assert torch.equal(run(), expected)
+def test_an_interrupt_is_not_lost(run_python: Callable[..., str]) -> None:
+    """It is raised when the call is over, and the next call is as ever. In a process of its own, which it may end."""
+    assert run_python(INTERRUPT) == "interrupted\nTrue\n"
 
 
 def test_whoever_is_asked_may_run_operators(asked: Asked) -> None:
@@ -486,3 +499,63 @@ def test_a_row_holds_every_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     predicted = [each["predicted_us"] for each in row["candidates"]]
     assert predicted == sorted(predicted)
     assert tune_quality.summary([row])["ratio"]["median"] == row["ratio"] >= 1
+
+
+# ---------------------------------------------------------------- the CUDA kernels: choices for GPUs, on the simulator
+
+CHOSEN = """
+import sys, torch
+from seqops.core import choose
+from seqops.rnn import tune
+from seqops.tune import device
+
+op, direction, dtype, preset, dim = sys.argv[1:]
+target = next(t for t in tune.CUDA_TARGETS if (t.op, t.direction) == (op, direction))
+shape = {"heads": 2, "dim": int(dim), "batch": 19, "time": 4}
+seen = []
+for large in ({"heads": 1, "batch": 1, "time": 1024}, {"heads": 64, "batch": 64, "time": 1024}):
+    problem = target.tunable.problem(device.find(preset), target.key({**shape, **large}, dtype, None))
+    chosen = problem.solve()
+    seen.append(dict(chosen))
+    with choose.forced(target.tunable.name, chosen):
+        example = target.example(shape, dtype, "cpu")
+        for value, expected in zip(example.run(), example.expected(), strict=True):
+            torch.testing.assert_close(value.double(), expected, rtol=example.tolerance[0], atol=example.tolerance[1])
+print("equal", seen)
+"""
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("op", "dtype", "preset", "dim"),
+    [
+        ("lstm", "bfloat16", "h200", "64"),
+        ("gru", "float16", "l4", "72"),
+        ("slstm", "float32", "a100", "24"),
+        ("elman", "bfloat16", "b200", "128"),
+        ("lstm", "float64", "h100", "20"),
+    ],
+)
+def test_choices_on_the_simulator(
+    op: str, dtype: str, preset: str, dim: str, direction: str, run_python: Callable[..., str]
+) -> None:
+    """The constants for real GPUs, chosen for few blocks and for many, give the values of the reference."""
+    if shutil.which("g++") is None:
+        pytest.skip("the simulator compiles with g++")
+    assert "equal" in run_python(CHOSEN, op, direction, dtype, preset, dim, SEQOPS_SIMULATE="1")
+
+
+def test_heads_that_fit_a_block() -> None:
+    """Some head sizes fit every preset, others none; which is decided without a call."""
+    from seqops.rnn import cuda, cuda_tiles
+
+    for preset in device.PRESETS:
+        for op, direction in TARGETS:
+            train = direction == "forward" and op != "elman"
+            sizes = {"bfloat16": (1, 128), "float32": (1, 64), "float64": (1, 20)}
+            for dtype, dims in sizes.items():
+                for dim in (*dims, 1000):
+                    key = cuda.key_of(cuda_tiles.Pass(op, direction, dtype, dim, 1, train), 1, 1, 1)
+                    assert cuda_tiles.fits(device.find(preset), key) == (dim < 1000), (preset, key)
+    old = replace(device.find("a100"), arch=75)
+    assert not cuda_tiles.fits(old, cuda.key_of(cuda_tiles.Pass("gru", "forward", "float32", 8, 1, True), 1, 1, 1))

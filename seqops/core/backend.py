@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -53,14 +53,22 @@ def provide(
         _part_of[op_name] = part_of
 
 
-def provide_module(op_name: str, module: str, *, check: Callable[..., None], part_of: str | None = None) -> None:
+def provide_module(
+    op_name: str,
+    module: str,
+    *,
+    check: Callable[..., None],
+    part_of: str | None = None,
+    backends: Sequence[str] = GPU_BACKENDS,
+) -> None:
     """Declare that the functions named `op_name` of `module`'s Triton and CUDA submodules serve an operator.
 
     Args:
         check: called first, with the arguments: raises for those that the operator refuses.
         part_of: as for `provide`.
+        backends: the submodules that there are.
     """
-    for name in GPU_BACKENDS:
+    for name in backends:
 
         def call(*args: Any, _name: str = name, **kwargs: Any) -> Any:
             check(*args, **kwargs)

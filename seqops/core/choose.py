@@ -127,6 +127,13 @@ def solution(tunable: Tunable, key: Key, on: torch.device) -> Solution:
     return known
 
 
+def facts(on: torch.device) -> Any:
+    """What problems are given of a device: a `tune.device.Device`, or `Host` for the CPU."""
+    from ..tune import device
+
+    return device.of(on)
+
+
 def _decide(tunable: Tunable, key: Key, on: torch.device) -> Solution:
     from ..tune import csp, device, store
 

@@ -13,12 +13,14 @@ Letters: B batch, T time, H heads, D units of a head, G gates.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import backend, register, validate
+from ..core.layout import new_sequence, time_first
 
 ops = torch.ops.seqops
 
@@ -58,7 +60,11 @@ def check(
             validate.check_device(op, name, state, "wx", wx)
             validate.check_shape(op, name, state, "[B, H, D]", (batch, heads, units))
             validate.check_dtype(op, name, state, wx.dtype)
-    check_lengths(op, options.get("lengths"), wx, batch, time)
+    check_options(op, options, wx, batch, time)
+
+
+def check_options(op: str, options: dict[str, Any], like: Tensor, batch: int, time: int) -> None:
+    check_lengths(op, options.get("lengths"), like, batch, time)
     validate.check_grad_clip(op, options.get("grad_clip"))
     nonlinearity = options.get("nonlinearity", "tanh")
     validate.expect(nonlinearity in ("tanh", "relu"), op, "nonlinearity", "'tanh' or 'relu'", repr(nonlinearity))
@@ -81,31 +87,49 @@ def check_lengths(op: str, lengths: Tensor | None, wx: Tensor, batch: int, time:
             )
 
 
-def time_first(t: Tensor) -> bool:
-    """Sequences are laid out like `wx`: batch first or, if that is a transposed view, time first, so nobody copies."""
-    return t.stride(0) < t.stride(1)
-
-
-def new_sequence(like: Tensor, *inner: int) -> Tensor:
-    """An uninitialised [B, T, *inner] in the memory order of `like` [B, T, ...]."""
-    batch, time = like.shape[:2]
-    if time_first(like):
-        stride = 1
-        strides = []
-        for size in reversed((time, batch, *inner)):
-            strides.insert(0, stride)
-            stride = stride * size
-        strides[0], strides[1] = strides[1], strides[0]
-        return like.new_empty_strided((batch, time, *inner), strides)
-    return like.new_empty(batch, time, *inner)
-
-
 def split(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor | None, ...]]:
     """Positional arguments of a forward operator: wx, r, b, states; missing ones are None."""
     wx, r, *rest = args
     b = rest[0] if rest else None
     states = tuple(rest[1:])
     return wx, r, b, states + (None,) * (len(STATES[op]) - len(states))
+
+
+def check_forward(op: str, *args: Any, **options: Any) -> None:
+    """The arguments of a forward operator."""
+    check(op, *split(op, args), options)
+
+
+def check_backward(op: str, *args: Any, **options: Any) -> None:
+    """The arguments of a backward operator: our own formulas call it, yet it must not crash for others either."""
+    name = f"{op}_backward"
+    schema = getattr(ops, name).default._schema.arguments
+    given = dict(zip([argument.name for argument in schema], args, strict=False))
+    like_name = next(each for each in ("p", "cache", "h") if each in given)
+    like = given[like_name]
+    letters, planes = "[B, T, H, D]", ()
+    if like_name != "h":
+        letters, planes = "[B, T, G, H, D]", (CACHES[op][0],)
+    got = f"shape {validate.shape_of(like)}"
+    validate.expect(like.ndim == len(letters.split()), name, like_name, f"{len(letters.split())} dimensions", got)
+    validate.check_type(name, like_name, like, validate.STORAGE)
+    batch, time, heads, units = *like.shape[:2], *like.shape[-2:]
+    validate.check_shape(name, like_name, like, letters, (batch, time, *planes, heads, units))
+    gates = GATES[op]
+    for argument, t in given.items():
+        if t is None or t is like:
+            continue
+        validate.check_device(name, argument, t, like_name, like)
+        if argument == "r":
+            validate.check_shape(name, argument, t, "[G, H, D, D]", (gates, heads, units, units))
+            validate.check_type(name, argument, t, (like.dtype,))
+        elif argument in ("dh", "c", "y", "h"):
+            validate.check_shape(name, argument, t, "[B, T, H, D]", (batch, time, heads, units))
+            validate.check_type(name, argument, t, (like.dtype,))
+        else:
+            validate.check_shape(name, argument, t, "[B, H, D]", (batch, heads, units))
+            validate.check_dtype(name, argument, t, like.dtype)
+    check_options(op, options, like, batch, time)
 
 
 def forward_shapes(op: str, *args: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -336,7 +360,7 @@ def provide_reference(op: str, function: Callable[..., tuple[Tensor, ...]]) -> N
     """Let `function` serve the forced backend "reference", behind the same checks as any kernel."""
 
     def call(*args: Any, **options: Any) -> tuple[Tensor, ...]:
-        check(op, *split(op, args), options)
+        check_forward(op, *args, **options)
         return function(*args, **options)
 
     backend.provide(op, "reference", call)
@@ -361,7 +385,10 @@ def register_cell(op: str, save: Callable[..., None], formula: Callable[..., Any
         torch.library.register_fake(name, shapes, lib=backend.library)
         register.register_vmap(operator, vmap_rule(operator))
         backend.register_elsewhere(operator)
-        backend.provide(name.partition("::")[2], "cpu", part_of=None if operator is public else op)
+        part_of, short = None if operator is public else op, name.partition("::")[2]
+        backend.provide(short, "cpu", part_of=part_of)
+        checked = check_backward if operator is backward else check_forward
+        backend.provide_module(short, __package__, check=partial(checked, op), part_of=part_of, backends=("cuda",))
 
 
 ops._allow_teams("ATen parallel backend: OpenMP" in torch.__config__.parallel_info())

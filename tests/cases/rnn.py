@@ -147,6 +147,9 @@ def table(op: str) -> list[Case]:
         *(Case(op, B=7, T=5, **everything, dtype=d).with_marks("small", "sanitize") for d in (*WIDE, *NARROW)),
         Case(op, B=1, T=37, H=1, D=100, dtype=torch.float64).with_marks("sanitize"),
         Case(op, B=2, T=3, H=3, D=33, layout="transposed", states=False).with_marks("small", "sanitize"),
+        # Two tiles of rows in a block, several blocks, and units that no access pairs.
+        Case(op, B=19, T=3, H=2, D=40, dtype=torch.bfloat16, lengths=True).with_marks("small"),
+        Case(op, B=9, T=3, D=33, dtype=torch.float16, float_states=True, layout="strided").with_marks("small"),
         # Nothing to do, in time, in the batch, and in both.
         *(Case(op, B=B, T=T, **everything).with_marks("small", "sanitize") for B, T in ((0, 5), (3, 0), (0, 0))),
         *(Case(op, B=B, T=T, D=64, states=False, bias=False, dtype=torch.bfloat16) for B, T in ((0, 37), (17, 0))),
