@@ -51,7 +51,7 @@ class Key(NamedTuple):
     sizes: tuple[Size, ...]
     flags: tuple[str, ...] = ()
 
-    def __getitem__(self, name: str) -> int:  # type: ignore[override]
+    def __getitem__(self, name: str) -> int:  # type: ignore[override]  # by name
         for size in self.sizes:
             if size.name == name:
                 return size.value

@@ -19,7 +19,9 @@ from . import cuda, reference, tiles
 from .op import ops
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 0.01, "bfloat16": 0.06}
+# Relative and absolute: in 16 bit 16 unit roundoffs, about twice what sums over a head need; else three times or more
+# what the longest walks need.
+TOLERANCES = {"float64": 1e-12, "float32": 2e-5, "float16": 0.008, "bfloat16": 0.06}
 HEAD = 64  # channels that share a gate, where gates are of heads
 
 # Values are checked over several tiles, and several groups of them.

@@ -356,7 +356,7 @@ def _read(name: str, arch: int, attribute: Callable[[int], int]) -> Device:
         usable = int(share * facts.get("processors", base.processors)) // facts["max_cluster"] * facts["max_cluster"]
         facts["cluster_processors"] = max(usable, facts["max_cluster"])
         origin["cluster_processors"] = "estimate"
-    return replace(base, name=name, origin=origin, **facts)  # type: ignore[arg-type]
+    return replace(base, name=name, origin=origin, **facts)  # type: ignore[arg-type]  # fields by name
 
 
 def _nearest(name: str, arch: int, processors: int) -> tuple[Device, bool]:

@@ -129,10 +129,10 @@ class Expression:
     def __gt__(self, other: Operand) -> Comparison:
         return compare(">", self, other)
 
-    def __eq__(self, other: object) -> Comparison:  # type: ignore[override]
+    def __eq__(self, other: object) -> Comparison:  # type: ignore[override]  # a constraint, no bool
         return compare("==", self, other)
 
-    def __ne__(self, other: object) -> Comparison:  # type: ignore[override]
+    def __ne__(self, other: object) -> Comparison:  # type: ignore[override]  # a constraint, no bool
         return compare("!=", self, other)
 
     __hash__ = object.__hash__

@@ -137,7 +137,7 @@ class Nodes:
         if not isinstance(item, Expression):
             return {}, item
         if item.operator == "variable":
-            return {item.index: 1}, 0  # type: ignore[attr-defined]
+            return {item.index: 1}, 0  # type: ignore[attr-defined]  # a Variable
         known = self.forms.get(id(item))
         if known is None:
             known = self.forms[id(item)] = (item, self.make_form(item))

@@ -106,7 +106,7 @@ def value_of(item: Any, values: Mapping[str, int], known: Mapping[int, Any]) -> 
 def value_of_expression(item: Expression, values: Mapping[str, int], known: Mapping[int, Any]) -> Any:
     name, operands = item.operator, item.operands
     if name == "variable":
-        return values[item.name]  # type: ignore[attr-defined]
+        return values[item.name]  # type: ignore[attr-defined]  # a Variable
     if name in SUMS:
         return value_of_sum(item, values, known)
     if name in BINARY:
@@ -170,7 +170,7 @@ def render(item: Any, levels: int = LEVELS) -> str:
         return str(item)
     name, operands = item.operator, item.operands
     if name == "variable":
-        return item.name  # type: ignore[attr-defined]
+        return item.name  # type: ignore[attr-defined]  # a Variable
     if name == "neg":
         return f"-{bracket(operands[0], 3, levels)}"
     if name in SUMS:
