@@ -14,7 +14,8 @@ INSTALLED := $(VENV)/.installed
 EXTENSION := seqops/_C.abi3.so
 # The tests' own are 1 to 3; every number is another order of threads, warps and blocks.
 SCHEDULES ?= 4 5 6 7 8 9 10 11 12
-# Tests of the rooms that have CUDA kernels.
+# Regimes of the kernels whose blocks share a head, and tests of the rooms that have CUDA kernels.
+REGIMES ?= block cluster grid
 SIMULATED := tests/test_scan.py tests/test_rnn.py
 SOURCES := $(shell find csrc -type f)
 
@@ -40,11 +41,11 @@ test-all: lint docs ## The same with the slow tests
 
 simulate: $(EXTENSION) ## Run the CUDA kernels on the simulator, in other orders of threads than the tests do
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not gpu" tests/test_simulator.py
-	@set -e; for schedule in $(SCHEDULES); do \
-		echo "schedule $$schedule"; \
-		OMP_NUM_THREADS=1 SEQOPS_BACKEND=cuda SEQOPS_SIMULATE=$$schedule $(RUN) -m pytest -n 2 --quiet \
-			-m "small and not slow and not gpu" $(SIMULATED) $(ARGS); \
-	done
+	@set -e; for schedule in $(SCHEDULES); do for regime in $(REGIMES); do \
+		echo "schedule $$schedule, $$regime"; \
+		OMP_NUM_THREADS=1 SEQOPS_BACKEND=cuda SEQOPS_SIMULATE=$$schedule SIMULATED_REGIME=$$regime $(RUN) -m pytest \
+			-n 2 --quiet -m "small and not slow and not gpu" $(SIMULATED) $(ARGS); \
+	done; done
 
 offline: $(EXTENSION) ## Compile every GPU kernel for every architecture, and hold its resources
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not gpu" tests/test_offline.py $(ARGS)
@@ -52,13 +53,13 @@ offline: $(EXTENSION) ## Compile every GPU kernel for every architecture, and ho
 lint: $(READY) ## Check style: ruff and clang-format
 	@$(RUN) -m ruff check --quiet .
 	@$(RUN) -m ruff format --quiet --check .
-	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	@find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	@echo "style: clean"
 
 format: $(READY) ## Rewrite sources in that style
 	@$(RUN) -m ruff check --quiet --fix .
 	@$(RUN) -m ruff format .
-	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
+	@find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
 
 docs: $(EXTENSION) ## Build the site into site/ (a warning is an error)
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet

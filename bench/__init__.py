@@ -5,14 +5,18 @@
     python -m bench --op gru --list    which cases there are
     python -m bench --device cuda      the cases that run on a GPU, by each backend there
     pytest bench -k "gru and D768"     the same suite through pytest-benchmark's own options
+    python -m bench.exchange           exchange between the blocks of a GPU, by itself
+    python -m bench.cold               first calls, in processes of their own
     python -m bench.gpu                the GPU run: build, tests, sanitizers, benchmark (`make gpu`)
     python -m bench.hardware           docs/hardware.md from the files that it writes
 
 | file | holds |
 |---|---|
-| `<room>.py` | the case table of one room: inputs, FLOPs, bytes, peers, goals |
+| `<room>.py`, `<room>_contenders.py` | the case table of one room: inputs, FLOPs, bytes, peers, goals |
 | `harness.py` | checking, interleaved timing, statistics, the rates of this machine |
 | `cuda.py` | timing and memory on a GPU |
+| `exchange.py`, `exchange.cu` | what it costs blocks of a GPU to tell each other something |
+| `cold.py` | first calls: compiled, from the cache, of another batch or length |
 | `memory.py` | peak memory of a training step |
 | `suite.py`, `test_suite.py`, `conftest.py` | the pytest-benchmark suite made of the cases |
 | `record.py` | the JSON file of a run |

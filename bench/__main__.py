@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import harness, record, report, suite, tables
+from bench import hardware, harness, record, report, suite, tables
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -52,7 +52,10 @@ def describe_result(result: record.Result) -> str:
         return f"{result.title}, {result.mode}: FAILED, {result.error}"
     ratios = [f"{tables.format_ratio(ratio['median'])} {peer}" for peer, ratio in result.ratios.items()]
     share = result.copy_fraction.get(harness.OURS)
-    ratios += [f"{share:.0%} of copy"] if share is not None else []
+    if result.step_seconds is not None:
+        ratios.append(f"{tables.format_seconds(result.step_seconds)} a step")
+    elif share is not None:
+        ratios.append(f"{share:.0%} of copy")
     return f"{result.title}, {result.mode}: " + ", ".join(ratios)
 
 
@@ -77,15 +80,28 @@ def on_device(device: str, cases: list[harness.Case]) -> list[harness.Case]:
     if device in harness.BACKENDS:
         from seqops.core import backend
 
-        for op in dict.fromkeys(case.op for case in cases if not harness.backends_for(case.op, device)):
+        served = [case for case in cases if harness.backends_for(case, device)]
+        for op in sorted({case.op for case in cases} - {case.op for case in served}):
             reasons = "; ".join(
                 f"{name}: {backend.reason_missing(op, name, device)}" for name in harness.BACKENDS[device]
             )
             click.echo(f"left out: {op}: {reasons}", err=True)
-        cases = [case for case in cases if harness.backends_for(case.op, device)]
-        if not cases:
+        if not served:
             raise click.UsageError(f"--device {device}: no backend of these operators works here")
+        cases = sorted(served, key=lambda case: case.priority)  # a run may be cut off
     return cases
+
+
+def parse_kernels(values: tuple[str, ...]) -> set[tuple[str, str, str]] | None:
+    """(operator, backend, pass) of each; None where none is given."""
+    found = set()
+    for value in values:
+        op, backend, step = value.split(":") if value.count(":") == 2 else ("", "", "")
+        if backend not in hardware.BACKENDS or step not in hardware.PASSES:
+            expected = f"OP:{'|'.join(hardware.BACKENDS)}:{'|'.join(hardware.PASSES)}"
+            raise click.BadParameter(f"expected {expected}, got {value!r}", param_hint="--kernel")
+        found.add((op, backend, step))
+    return found or None
 
 
 def list_cases(cases: list[harness.Case]) -> None:
@@ -93,11 +109,20 @@ def list_cases(cases: list[harness.Case]) -> None:
         for mode in case.modes:
             goals = [f"{peer} >= {goal:g}x" for (peer, of), goal in case.goals.items() if of == mode]
             goals += [f"{case.copy_goals[mode]:g} of copy"] if mode in case.copy_goals else []
+            goals += [f"<= {tables.format_seconds(case.time_goals[mode])}"] if mode in case.time_goals else []
             click.echo(f"{case.op:<6} {case.name}, {mode}  [{', '.join(goals) or 'no goal'}]")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this operator; may be given several times.")
+@click.option(
+    "--kernel",
+    "kernels",
+    multiple=True,
+    metavar="OP:BACKEND:PASS",
+    callback=lambda context, option, value: parse_kernels(value),
+    help="Only what needs no other kernel, e.g. lstm:cuda:forward; may be given several times.",
+)
 @click.option("--quick", is_flag=True, help="Fewer rounds: under four minutes.")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the results."
@@ -121,6 +146,7 @@ def list_cases(cases: list[harness.Case]) -> None:
 @click.option("--list", "only_list", is_flag=True, help="Print the cases and their goals, measure nothing.")
 def main(
     ops: tuple[str, ...],
+    kernels: set[tuple[str, str, str]] | None,
     quick: bool,
     json_path: Path | None,
     html_path: Path | None,
@@ -157,7 +183,7 @@ def main(
             return list_cases(cases)
         json_path = json_path or RESULTS / "latest.json"
         settings = harness.Settings(**({"threads": threads} if threads else {}), quick=quick, device=device)
-        found, problems = measure(cases, settings, json_path)
+        found, problems = measure(cases, settings, json_path, kernels)
         html_path = html_path or (RESULTS / "latest.html" if can_plot else None)
 
     tables.print_record(found, Console())
@@ -178,8 +204,17 @@ def main(
         sys.exit(1)
 
 
-def measure(cases: list[harness.Case], settings: harness.Settings, path: Path) -> tuple[record.Record, list[str]]:
+def measure(
+    cases: list[harness.Case],
+    settings: harness.Settings,
+    path: Path,
+    kernels: set[tuple[str, str, str]] | None = None,
+) -> tuple[record.Record, list[str]]:
     """Runs the suite with a progress bar. Returns the record, and what went wrong outside of any case.
+
+    Args:
+        path: where the record goes.
+        kernels: see `suite.Suite`.
 
     On a GPU, where a run may be cut off, the record is also written after each result.
     """
@@ -190,7 +225,9 @@ def measure(cases: list[harness.Case], settings: harness.Settings, path: Path) -
         if event == "result" and settings.device != harness.CPU and "rates" in vars(measured):
             record.make_record(settings, measured.rates, measured.results).save(path)
 
-    measured = suite.Suite(cases, settings, report_and_keep)
+    measured = suite.Suite(cases, settings, report_and_keep, kernels)
+    if not measured.measurements:
+        raise click.UsageError("--kernel: no case of these operators runs on these kernels alone")
     with reporter.progress:
         code = suite.run(measured)
     problems = measured.problems

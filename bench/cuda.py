@@ -30,8 +30,10 @@ class Stopwatch(harness.Stopwatch):
     def running(self) -> Iterator[None]:
         """Everything of a case goes to one stream, the one that captures: a backward runs where its forward did."""
         with torch.cuda.stream(self.stream):
-            yield
-            torch.cuda.synchronize()
+            try:
+                yield
+            finally:  # what a failed case has launched is not to run into the next one
+                torch.cuda.synchronize()
 
     def flush(self) -> None:
         """Fills the second-level cache with what no contender reads."""

@@ -1,7 +1,8 @@
 """The GPU run: one command that builds, tests and measures seqops on a machine with a GPU, in under ten minutes.
 
     make gpu                                   everything; the file in bench/results named after the GPU, then a summary
-    make gpu ARGS="--only tests --only bench"  some stages
+    make gpu ARGS="--only tests --only bench"  some stages, which may take all of the time
+    make gpu ARGS="--only bench --op lstm"     some operators
     python3 -m bench.gpu --help
 
 It needs python3 with torch and a C++ compiler, no network and no environment of its own: packages that are missing are
@@ -17,6 +18,7 @@ hangs or breaks its CUDA context fails one test; another goes on after it.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -28,13 +30,14 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from bench import hardware, tuned
 from bench import lines as wire
+from bench.cold import CACHES, CELLS, find_misses
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLKIT = "/usr/local/cuda/bin"
@@ -120,6 +123,11 @@ class Done:
         return self.text[-KEPT_TEXT:]
 
 
+def default_processes() -> int:
+    """One for each processor; more than a dozen would wait for the GPU."""
+    return min(12, os.cpu_count() or 1)
+
+
 @dataclass
 class Run:
     """What the stages share.
@@ -130,6 +138,7 @@ class Run:
         budget: seconds for all stages.
         commit: `id` and whether sources were `dirty`; None: what git says of the root.
         processes: how many run tests at a time.
+        operators: of the benchmark and of first calls; none: all.
         record: what the file will hold; `previous`, what it held before this run.
         kernels: those that exist, once the build has made it possible to ask.
         lines: what the watched tests wrote down.
@@ -142,7 +151,8 @@ class Run:
     root: Path = ROOT
     python: str = sys.executable
     commit: dict[str, Any] | None = None
-    processes: int = 4
+    processes: int = field(default_factory=default_processes)
+    operators: Sequence[str] = ()
     record: dict[str, Any] = field(default_factory=dict)
     previous: dict[str, Any] = field(default_factory=dict)
     kernels: list[hardware.Kernel] = field(default_factory=list)
@@ -235,6 +245,7 @@ class Run:
             "missing": missing,
             "stages": [],
             "kernels": [{**entry, "current": False} for entry in self.previous.get("kernels", [])],
+            "kept": hardware.keep_sections(self.previous) if self.previous else {},
         }
 
     def go(self, stages: Sequence[Stage]) -> bool:
@@ -272,6 +283,7 @@ class Run:
             self.record["kernels"] = hardware.update(
                 self.previous.get("kernels", []), self.kernels, self.record, self.lines, self.complete, self.root
             )
+        self.record["kept"] = {name: kept for name, kept in self.record["kept"].items() if name not in self.record}
         self.output.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.record, indent=1, sort_keys=True) + "\n")
@@ -318,7 +330,8 @@ def info(run: Run, seconds: float) -> str:
 
 def pytest_command(run: Run, marks: str, watched: Path, *arguments: str) -> list[str]:
     first = run.work / "first.json"
-    failed = run.previous.get("tests", {}).get("failures", [])
+    before = hardware.find_section(run.previous, "tests")
+    failed = before.value["failures"] if before else []
     first.write_text(json.dumps([failure["test"] for failure in failed]))
     return [
         *(run.python, "-m", "pytest", "-m", marks, "--override-ini=addopts=", "-p", "bench.watch"),
@@ -418,6 +431,25 @@ def primitives(run: Run, seconds: float) -> str:
     return found.judge()
 
 
+def exchange(run: Run, seconds: float) -> str:
+    """What it costs blocks to tell each other something, and the tuner's facts: a step takes no less."""
+    run.require("cupy")
+    file = run.work / "exchange.json"
+    file.unlink(missing_ok=True)
+    done = run.execute([run.python, "-m", "bench.exchange", "--json", str(file)], "exchange.log", seconds)
+    if done.code is None:
+        raise TimeoutError
+    if not file.exists():
+        raise StageError(f"ended with code {done.code}\n{done.tail}")
+    found = run.record["exchange"] = json.loads(file.read_text())
+    wrong = [each for each in found["rounds"] if each["error"]]
+    text = f"{len(found['facts'])} facts, {len(found['rounds']) - len(wrong)} ways"
+    if wrong:
+        named = [f"{each['way']}, {each['blocks']} blocks: {each['error']}" for each in wrong]
+        raise StageError("\n".join([f"{text}, {len(wrong)} failed", *named]))
+    return text
+
+
 def tests(run: Run, seconds: float) -> str:
     """All tests marked gpu, those that failed last time first."""
     found = watch_tests(run, "tests", seconds, f"--ignore={PRIMITIVES}", processes=run.processes)
@@ -489,16 +521,52 @@ def find_errors(text: str) -> dict[str, list[str]]:
     return errors
 
 
+def chosen_operators(run: Run, sound: set[str]) -> list[str]:
+    """Those of the sound ones that the run is to measure, in order."""
+    if not sound:
+        raise LeftOut("no kernel has passed its tests")
+    chosen = sorted(sound & set(run.operators or sound))
+    if not chosen:
+        raise LeftOut(f"no kernel of {', '.join(run.operators)} has passed its tests")
+    return chosen
+
+
+def cold(run: Run, seconds: float) -> str:
+    """Seconds of first calls, with an empty and a warm cache, of operators whose CUDA kernels passed their tests."""
+    run.require("cupy")
+    found = hardware.find_sound(run.record["kernels"], run.kernels, run.root)
+    both = {op for op, _, _ in found if all((op, "cuda", step) in found for step in hardware.PASSES)}
+    operators = chosen_operators(run, both & {op for op, *_ in CELLS})
+    file = run.work / "cold.json"
+    file.unlink(missing_ok=True)
+    chosen = [argument for operator in operators for argument in ("--op", operator)]
+    command = [run.python, "-m", "bench.cold", "--json", str(file), *chosen]
+    done = run.execute(command, "cold.log", seconds)
+    if not file.exists():
+        if done.code is None:
+            raise TimeoutError("before the first cell")
+        raise StageError(f"ended with code {done.code}\n{done.tail}")
+    record = run.record["cold"] = json.loads(file.read_text())
+    counts = [f"{sum(cache in row for row in record['rows'])} with {title}" for cache, title in CACHES.items()]
+    misses = find_misses(record)
+    text = "\n".join([f"cells: {', '.join(counts)}; {len(misses)} goals missed", *map("missed: {}".format, misses)])
+    if done.code is None:
+        raise TimeoutError(f"after {text}")
+    if done.code:
+        raise StageError(f"{text}\nended with code {done.code}\n{done.tail}")
+    return text
+
+
 def bench(run: Run, seconds: float) -> str:
-    """The benchmark, of operators that have a kernel without a failed test."""
+    """The benchmark, of what needs no kernel but those whose tests passed."""
     run.require("numpy", "click", "rich", "pytest", "pytest_benchmark")
     sound = hardware.find_sound(run.record["kernels"], run.kernels, run.root)
-    operators = sorted({operator for operator, _, _ in sound})
-    if not operators:
-        raise LeftOut("no kernel has passed its tests")
+    operators = chosen_operators(run, {operator for operator, _, _ in sound})
     file = run.work / "bench.json"
     file.unlink(missing_ok=True)
     chosen = [argument for operator in operators for argument in ("--op", operator)]
+    for kernel in sorted(sound):
+        chosen += ["--kernel", ":".join(kernel)] if kernel[0] in operators else []
     command = [run.python, "-m", "bench", "--device", "cuda", "--quick", "--json", str(file), *chosen]
     done = run.execute(command, "bench.log", seconds)
     if not file.exists():
@@ -552,11 +620,21 @@ def stages() -> list[Stage]:
         Stage("build", build, 180),
         Stage("info", info, 60, ("build",)),
         Stage("primitives", primitives, 60, ("build",)),
+        Stage("exchange", exchange, 60, ("build",)),
         Stage("tests", tests, 220, ("info",)),
         *(Stage(tool, sanitize(tool), 45, ("info",), reserve=15) for tool in SANITIZERS),
         Stage("bench", bench, 160, ("info",), reserve=90),
+        Stage("cold", cold, 90, ("info",), reserve=40),
         Stage("tune", tune, 120, ("info",), reserve=60),
     ]
+
+
+def choose(only: Sequence[str] | None) -> list[Stage]:
+    """All stages, or those named, which have no limit of their own. What kernels there are is asked in any case."""
+    if not only:
+        return stages()
+    chosen = [replace(stage, limit=math.inf) if stage.name in only else stage for stage in stages()]
+    return [stage for stage in chosen if stage.name in (*only, "info")]
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
@@ -627,10 +705,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [stage.name for stage in stages()]
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", action="append", choices=names, metavar="STAGE", help=f"of {', '.join(names)}")
+    parser.add_argument("--op", action="append", metavar="NAME", help="measure this operator only; several times")
     parser.add_argument("--budget", type=float, default=570, metavar="SECONDS", help="for all stages (default: 570)")
     parser.add_argument("--output", type=Path, default=hardware.RESULTS, help="folder of the file (bench/results)")
     parser.add_argument("--commit", help="the commit of the sources, where they are a copy without .git")
-    parser.add_argument("--processes", type=int, default=4, help="that run tests at a time (default: 4)")
+    processes = default_processes()
+    parser.add_argument("--processes", type=int, default=processes, help=f"that run tests at a time ({processes})")
     chosen = parser.parse_args(arguments)
     if importlib.util.find_spec("torch") is None:
         sys.exit(f"{sys.executable} has no torch; name another: make gpu PYTHON=/path/to/python3")
@@ -640,12 +720,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.budget,
         commit={"id": chosen.commit, "dirty": None} if chosen.commit else None,
         processes=chosen.processes,
+        operators=chosen.op or (),
     )
     # What was started ends with us, also where a time limit around us sends SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run.probe()
-    # What kernels there are is asked in any case.
-    sound = run.go([stage for stage in stages() if not chosen.only or stage.name in (*chosen.only, "info")])
+    sound = run.go(choose(chosen.only))
     print(f"\n{summarise(run.record)}\nwrote {run.path}")
     return 0 if sound else 1
 

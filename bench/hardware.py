@@ -10,21 +10,28 @@ entry for each operator, backend and pass:
 | `status` | `passed`; `failed`; `cut off`: what ran has passed, and the time was over before the rest; `not run` |
 | `date`, `commit` | of the run that the status is from; `current` says whether that was the last one |
 | `tests` | how many tests that called the kernel `passed` and `failed` |
+| `sources` | digests of the files that were tested |
 | `speeds` | one for each case: none unless its tests passed, in the same run or before with the same sources |
 | `last_passed` | `date`, `commit`, `speeds` and the digests of its `sources` when all its tests last passed, or None |
+
+`kept` holds what earlier runs found in stages that this one did not come to: `date`, `commit` and `value` by name. So a
+run may be spread over several commands.
 
 Digests rather than a comparison of commits say whether sources have changed since: they need no history. Nothing here
 needs more than the standard library until it asks which kernels exist.
 """
 
+import argparse
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench import cold
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -94,6 +101,43 @@ def load_all(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return sorted((load(path) for path in found), key=lambda record: record["gpu"]["name"])
 
 
+# What stages leave under names of their own, and the page or a later run reads.
+SECTIONS = ("exchange", "tests", "bench", "cold", "tune")
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a stage found, and of which run: of the last one unless `is_kept`."""
+
+    value: Any
+    date: str
+    commit: Mapping[str, Any]
+    is_kept: bool
+
+    @property
+    def origin(self) -> str:
+        return f"{self.date[:10]}, commit {describe_commit(self.commit)}"
+
+
+def find_section(record: Mapping[str, Any], name: str) -> Section | None:
+    """From the last run that came to it, or None."""
+    if name in record:
+        return Section(record[name], record["date"], record["commit"], False)
+    if kept := record.get("kept", {}).get(name):
+        return Section(**kept, is_kept=True)
+    return None
+
+
+def keep_sections(previous: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """For the record of the next run: what the one before found, or kept."""
+    found = {name: find_section(previous, name) for name in SECTIONS}
+    return {
+        name: {"value": section.value, "date": section.date, "commit": section.commit}
+        for name, section in found.items()
+        if section
+    }
+
+
 # --- which kernels there are -----------------------------------------------------------------------------------------
 
 
@@ -114,18 +158,32 @@ def find_kernels() -> list[Kernel]:
     return sorted(found, key=lambda kernel: (kernel.operator, PASSES.index(kernel.step), kernel.backend))
 
 
+INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
+
+
 def find_sources(operator: str, backend: str, room: str, root: Path = ROOT) -> list[str]:
     """Paths of what a kernel is compiled from and launched by. A `.cu` that bears no operator's name is every one's."""
+    import seqops
+
     package = root / "seqops" / room
     files = [*package.glob(f"{backend}*.py"), package / "tiles.py"]
     if backend == "cuda":
-        kernels = root / "csrc" / room
-        files += kernels.glob(f"{operator}*.cu")
-        files += [path for path in kernels.glob("*.cu") if not any(kernels.glob(f"{operator}*.cu"))]
-        files += [kernels / "device.h", *kernels.glob("device_*.h"), kernels / f"{room}.h"]
-        files += [root / "csrc" / "common" / f"{name}.h" for name in ("gpu", "ptx", "sync", "dtype")]
-        files += [root / "seqops" / "core" / "launch.py"]
+        others = tuple(name for name in seqops.__all__ if name != operator)
+        kernels = [path for path in (root / "csrc" / room).glob("*.cu") if not path.stem.startswith(others)]
+        files += [*with_includes(kernels, root / "csrc"), root / "seqops" / "core" / "launch.py"]
     return sorted({path.relative_to(root).as_posix() for path in files if path.exists()})
+
+
+def with_includes(files: Iterable[Path], root: Path) -> set[Path]:
+    """The files and all headers of ours that they include on a GPU."""
+    found: set[Path] = set()
+    wanted = list(files)
+    while wanted:
+        path = wanted.pop()
+        if path not in found and path.exists() and path.name != "simulator.h":
+            found.add(path)
+            wanted += [root / name for name in INCLUDE.findall(path.read_text())]
+    return found
 
 
 def find_unserved() -> list[str]:
@@ -219,6 +277,7 @@ def update(
             "date": record["date"],
             "commit": record["commit"],
             "tests": {"passed": passed, "failed": failed},
+            "sources": digest_sources(kernel, root),
             "speeds": find_speeds(kernel, record) if status in SOUND else [],
             "last_passed": old["last_passed"] if old else None,
         }
@@ -233,7 +292,9 @@ def keep(kernel: Kernel, old: Mapping[str, Any], record: Mapping[str, Any], root
     entry = {**old, "current": False}
     speeds = find_speeds(kernel, record)
     if speeds and find_sound([entry], [kernel], root):
-        entry["speeds"], entry["last_passed"] = speeds, {**old["last_passed"], "speeds": speeds}
+        entry["speeds"] = speeds
+        if old["status"] == "passed":
+            entry["last_passed"] = {**old["last_passed"], "speeds": speeds}
     return entry
 
 
@@ -246,9 +307,7 @@ def find_sound(
         for entry in entries:
             if (entry["operator"], entry["backend"], entry["pass"]) != kernel.key:
                 continue
-            now = entry["current"] and entry["status"] in SOUND
-            before = entry["status"] == "passed" and entry["last_passed"]["sources"] == digest_sources(kernel, root)
-            if now or before:
+            if entry["status"] in SOUND and (entry["current"] or entry["sources"] == digest_sources(kernel, root)):
                 sound.add(kernel.key)
     return sound
 
@@ -265,6 +324,18 @@ def make_last_passed(kernel: Kernel, entry: Mapping[str, Any], root: Path) -> di
     }
 
 
+def step_speed(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds of a step, of one pass or of both, where steps bound the time."""
+    if not result.get("steps"):
+        return {}
+    return {"step": result["seconds"]["seqops"]["median"] / result["steps"], "both": is_of_both(result)}
+
+
+def is_of_both(result: Mapping[str, Any]) -> bool:
+    """Whether it measures both passes of an operator whose backward is not measured alone."""
+    return result["mode"] == "forward+backward" and bool(result.get("steps"))
+
+
 def find_speeds(kernel: Kernel, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the benchmark of this run measured of a kernel."""
     return [
@@ -273,16 +344,17 @@ def find_speeds(kernel: Kernel, record: Mapping[str, Any]) -> list[dict[str, Any
             "seconds": result["seconds"]["seqops"]["median"],
             "copy": result["copy_fraction"]["seqops"],
             "ratios": {peer: ratio["median"] for peer, ratio in result["ratios"].items()},
+            **step_speed(result),
         }
         for result in record.get("bench", {}).get("results", [])
         if (result["op"], result["backend"]) == (kernel.operator, kernel.backend)
         and not result["error"]
-        and SHOWN_MODES.get(result["mode"]) == kernel.step
+        and kernel.step == ("backward" if is_of_both(result) else SHOWN_MODES.get(result["mode"]))
     ]
 
 
-def withheld(result: Mapping[str, Any], sound: set[tuple[str, str, str]]) -> bool:
-    """Whether a result of the benchmark is dropped: a kernel that it ran has not passed its tests."""
+def withheld(result: Mapping[str, Any], sound: Collection[tuple[str, str, str]]) -> bool:
+    """Whether a result of the benchmark is not for anyone to see: a kernel that it runs has not passed its tests."""
     return any((result["op"], result["backend"], step) not in sound for step in MODES[result["mode"]])
 
 
@@ -296,13 +368,18 @@ def describe_range(values: Sequence[float], text: str) -> str:
 
 
 def describe_speed(speeds: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Share of the copy rate, and ratios to the peers, over all cases."""
+    """Share of the copy rate or microseconds of a step, and ratios to the peers, over all cases."""
     if not speeds:
         return "", ""
+    shares = [speed["copy"] for speed in speeds if not speed.get("step")]
+    bounds = [describe_range(shares, "{:.0%}")] if shares else []
+    for both, ending in ((False, " µs a step"), (True, " µs a step, both passes")):
+        steps = [1e6 * speed["step"] for speed in speeds if speed.get("step") and speed["both"] == both]
+        bounds += [describe_range(steps, "{:.2f}") + ending] if steps else []
     peers = dict.fromkeys(peer for speed in speeds for peer in speed["ratios"])
     ratios = {peer: [speed["ratios"][peer] for speed in speeds if peer in speed["ratios"]] for peer in peers}
     return (
-        describe_range([speed["copy"] for speed in speeds], "{:.0%}"),
+        ", ".join(bounds),
         ", ".join(f"{describe_range(found, '{:.2f}')}x {peer}" for peer, found in ratios.items()),
     )
 
@@ -330,10 +407,14 @@ def kernel_rows(kernel: Kernel, records: Sequence[Mapping[str, Any]], root: Path
             notes, when, speed = [], ["never", ""], ("", "")
             if entry["status"] != "passed":
                 notes.append(f"**{entry['status']}** on {entry['date'][:10]} at {describe_commit(entry['commit'])}")
+                if entry["status"] == "cut off":
+                    notes[-1] += f": {entry['tests']['passed']} tests passed, others did not run"
             if last := entry["last_passed"]:
                 when = [last["date"][:10], describe_commit(last["commit"])]
                 speed = describe_speed(last["speeds"])
                 notes.append(describe_changes(kernel, last, root))
+            if entry["status"] == "cut off" and entry["speeds"]:
+                speed = describe_speed(entry["speeds"])
             rows.append([*start, record["gpu"]["name"], *when, *speed, "; ".join(filter(None, notes))])
     return rows or [[*start, "none", "never", "", "", "", BACKENDS[kernel.backend]]]
 
@@ -341,6 +422,103 @@ def kernel_rows(kernel: Kernel, records: Sequence[Mapping[str, Any]], root: Path
 def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+RESULT_HEAD = ("case", "mode", "backend", "ours", "goal", "a step", "peer's time over ours, and goals", "absent")
+
+
+def result_row(result: Mapping[str, Any]) -> list[str]:
+    """One result of the benchmark; a goal in bold that was not reached."""
+    spent, goal, steps = result["seconds"]["seqops"]["median"], result.get("time_goal"), result.get("steps")
+    floor = result.get("step_floor")
+    ratios = []
+    for peer, ratio in result["ratios"].items():
+        wanted = result.get("goals", {}).get(peer)
+        text = f"{ratio['median']:.2f}x {peer}" + ("" if wanted is None else f" (goal {wanted:.3g}x)")
+        ratios.append(text if wanted is None or ratio["median"] >= wanted else f"**{text}**")
+    reached = "" if goal is None else f"{1e3 * goal:.2f} ms" if spent <= goal else f"**{1e3 * goal:.2f} ms**"
+    step = "" if not steps else f"{1e6 * spent / steps:.2f} µs" + (f" (floor {1e6 * floor:.2f})" if floor else "")
+    absent = "; ".join(f"{peer}: {why}" for peer, why in result.get("absent", {}).items())
+    start = [result["case"], result["mode"], result["backend"] or ""]
+    return [*start, f"{1e3 * spent:.3f} ms", reached, step, ", ".join(ratios), absent]
+
+
+# Facts of the tuner that say what an exchange costs: name -> title.
+FACTS = {
+    "clock_ghz": "clock, GHz",
+    "sync_cycles": "barrier of a block of 256 threads, cycles",
+    "mma_cycles": "product m16n8k16 after product, cycles",
+    "mma_issue_cycles": "product m16n8k16 of one tensor core, cycles",
+    "dsmem_cycles": "flag to another block's shared memory, one way, cycles",
+    "dsmem_bytes_per_clock": "stores to another block's shared memory, bytes a cycle",
+    "cluster_processors": "multiprocessors that clusters occupy at once",
+    "l2_hop_us": "flag through L2, one way, µs",
+    "l2_hit_us": "load from L2, µs",
+    "memory_latency_us": "load from memory, µs",
+    "grid_barrier_us": "barrier of the grid, µs",
+    "launch_us": "from kernel to kernel, µs",
+    "graph_launch_us": "from kernel to kernel in a graph, µs",
+}
+EXCHANGE = (
+    "A step of a recurrent kernel whose head is spread over several blocks ends with a round in which every block "
+    "sends its slice of `h` to all others and waits for theirs. `bench/exchange.cu` makes such rounds and nothing "
+    "else, so a step cannot take less; values are checked. The GPU run measures them before any kernel."
+)
+FIRST_CALLS = (
+    "A training step, forward and backward, that is the first of its cell and size in a process: with an empty cache "
+    "of compiled kernels, and in another process with the cache that the first one left. What is done once in a "
+    "process is apart. The same step again, one with fewer rows and one with fewer steps have to compile nothing."
+)
+NEVER = "**Never measured on a GPU.**"
+
+
+def exchange_section(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What it costs blocks to tell each other something."""
+    parts = ["## Exchange between blocks", EXCHANGE]
+    measured = [(record, section) for record in records if (section := find_section(record, "exchange"))]
+    for record, section in measured:
+        found = section.value
+        rows = [
+            [
+                each["way"],
+                f"{each['blocks']} of {each['threads']}",
+                str(each["bytes"]),
+                each["error"] or f"{each['microseconds']:.2f}",
+            ]
+            for each in found["rounds"]
+        ]
+        facts = [[FACTS[name], f"{found['facts'][name]:.3g}"] for name in FACTS if name in found["facts"]]
+        parts += [
+            f"{record['gpu']['name']}, {section.origin}:",
+            make_table(("way", "blocks of threads", "bytes each", "µs a round"), rows),
+            make_table(("fact", "value"), facts),
+        ]
+    return parts if measured else [*parts, NEVER]
+
+
+def cold_section(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Seconds of first calls."""
+    parts = ["## First calls", FIRST_CALLS]
+    measured = [(record, section) for record in records if (section := find_section(record, "cold"))]
+    for record, section in measured:
+        found = section.value
+        rows = []
+        for row in found["rows"]:
+            cells = []
+            for cache, goal in cold.GOALS.items():
+                spent = cold.first_seconds(row, cache) if cache in row else None
+                text = "cut off" if spent is None else f"{spent:.2f}"
+                cells.append(text if spent is None or spent <= goal else f"**{text}**")
+            counts = [row[cold.EMPTY][key]["compiled"] for key in cold.STEPS] if cold.EMPTY in row else []
+            text = ", ".join(map(str, counts))
+            rows.append([cold.describe_cell(row), *cells, f"**{text}**" if any(counts[1:]) else text])
+        goals = [f"{cache} cache, s (goal {goal:g})" for cache, goal in cold.GOALS.items()]
+        once = ", ".join(f"{spent:.1f} s with {cold.CACHES[cache]}" for cache, spent in found["once"].items())
+        parts += [
+            f"{record['gpu']['name']}, {section.origin}; once in a process: {once}:",
+            make_table(("cell", *goals, "kernels compiled: first, again, fewer rows, fewer steps"), rows),
+        ]
+    return parts if measured else [*parts, NEVER]
 
 
 def describe_run(record: Mapping[str, Any]) -> str:
@@ -361,9 +539,14 @@ def describe_run(record: Mapping[str, Any]) -> str:
             ],
         ),
     ]
-    if rates := record.get("bench", {}).get("rates"):
+    section = find_section(record, "bench")
+    found = section.value if section else {}
+    if rates := found.get("rates"):
         product, copy = f"{rates['gemm'] / 1e12:.0f} TFLOP/s", f"{rates['copy'] / 1e12:.2f} TB/s"
-        lines += ["", f"Measured in that run: bfloat16 matrix product {product}, copy {copy}."]
+        when = f"in an earlier run ({section.origin})" if section and section.is_kept else "in that run"
+        lines += ["", f"Measured {when}: bfloat16 matrix product {product}, copy {copy}."]
+    if results := [result for result in found.get("results", []) if not result["error"]]:
+        lines += ["", make_table(RESULT_HEAD, map(result_row, results))]
     if measured := record.get("measured"):
         lines += ["", make_table(("measured", "value"), [[name, str(value)] for name, value in measured.items()])]
     if record["missing"]:
@@ -395,21 +578,26 @@ def render(
         "# Hardware",
         "<!-- Made by `python -m bench.hardware` from the files in bench/results; a test compares. -->",
         f"Which GPU kernel has run on which GPU, when, and how fast. {summary} Without a GPU, CUDA kernels run on a "
-        "simulator and Triton kernels in Triton's interpreter, on the same cases, and both are compiled for sm_80, "
-        "sm_89, sm_90, sm_100 and sm_120: that shows values, races and resources, and says nothing about speed.",
+        "simulator on the small cases of the tests, and are compiled for sm_80, sm_89, sm_90, sm_100 and sm_120; "
+        "Triton kernels run in Triton's interpreter on the tiny cases, and each kind of them is compiled for sm_80, "
+        "sm_90, sm_100 and sm_120. That shows values on those cases, resources, and of CUDA kernels races; it says "
+        "nothing about speed.",
         "    make gpu                    # on a machine with a GPU: build, test, sanitize, measure\n"
         "    python -m bench.hardware    # this page, from what that wrote to bench/results",
     ]
     if kernels:
-        head = ("operator", "pass", "backend", "GPU", "last passed", "commit", "of copy", "against", "")
+        head = ("operator", "pass", "backend", "GPU", "last passed", "commit", "of copy, or a step", "against", "")
         parts += ["## Kernels", make_table(head, rows)]
         parts += [
-            "*Of copy*: bytes that the pass has to move, per second, over the rate of a `clone` in the same run; least "
-            "and greatest of all cases. *Against*: the peer's time over ours. No speed stands beside a kernel whose "
-            "tests failed. *Changed since*: files of the kernel that are not those that passed."
+            "*Of copy*: bytes that the pass has to move, per second, over the rate of a `clone` in the same run; for "
+            "recurrent cells, whose steps wait for each other, the time of one step instead. Least and greatest of all "
+            "cases. *Against*: the peer's time over ours. No speed stands beside a kernel whose tests failed; beside "
+            "one whose tests were *cut off* it is from that run, or from a later one with the same files. "
+            "*Changed since*: files of the kernel that are not those that passed."
         ]
     if unserved:
         parts += ["Operators without a GPU kernel: " + ", ".join(f"`{name}`" for name in unserved) + "."]
+    parts += [*exchange_section(records), *cold_section(records)]
     if records:
         parts += ["## Runs", *map(describe_run, records)]
     return "\n\n".join(parts) + "\n"
@@ -420,11 +608,13 @@ def make_page(root: Path = ROOT) -> str:
     return render(find_kernels(), find_unserved(), load_all(root / "bench" / "results"), root)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.hardware", description="Writes docs/hardware.md.")
+    parser.parse_args(arguments)
     PAGE.write_text(make_page(), encoding="utf-8")
     print(f"wrote {PAGE}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,10 @@
 """What every benchmark case goes through: values first, then interleaved time.
 
 **Check.** Outputs, and for training gradients, are compared with the float64 reference on the same inputs. Float32 may
-differ by 1e-5 sqrt(T) relative RMS; a 16-bit dtype by 1.2 times the error of the first peer in that dtype, on the same
-inputs, or by the dtype's own spacing where there is no peer. A case that fails is not timed. Gradients of large cases
-are checked on the first `check_steps` steps, since the reference is a loop over time in float64; outputs are always
-checked over the whole length.
+differ by 1e-5 sqrt(T) relative RMS; a 16-bit dtype by 1.2 times the error of the case's ruler, or where it has none of
+the first peer, in that dtype and on the same inputs, or by the dtype's own spacing where there is no peer. A case that
+fails is not timed. Gradients of large cases are checked on the first `check_steps` steps, since the reference is a loop
+over time in float64; outputs are always checked over the whole length.
 
 **Time.** One round runs a block of calls of each contender in turn: peers, ours, peers, ours, ... A load that comes and
 goes therefore meets all of them, and a ratio is taken inside its round before the median is taken over rounds.
@@ -14,7 +14,8 @@ suite keeps pytest-benchmark's options, statistics and files, and the rounds sta
 A block holds enough calls to last 2 ms, so that the clock and a cold start weigh little in calls of microseconds.
 
 **Devices.** A case says where it can run. On a GPU the clock is `bench/cuda.py`'s, and every backend of seqops that
-serves the operator there is checked and measured by itself.
+serves the operator there is checked and measured by itself. There a peer that fails, or that computes something else,
+is named with the reason instead of being timed: nobody could try it beforehand.
 """
 
 import gc
@@ -41,6 +42,8 @@ BACKENDS = {CUDA: ("cuda", "triton")}
 
 OURS = "seqops"
 REFERENCE = "reference"
+# A contender that is only compared with the reference: it sets the bound of 16-bit dtypes in place of the first peer.
+RULER = "ruler"
 
 FORWARD = "forward"
 TRAINING = "forward+backward"
@@ -55,6 +58,8 @@ MODES = {
 WITH_GRADIENTS = (TRAINING, BACKWARD)
 
 BLOCK_SECONDS = 2e-3
+# Of peers, on another device than the CPU: see `find_unfit`.
+UNFIT_STEPS, UNFIT_ERROR = 16, 0.1
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,12 @@ class Contender:
         run: computes every output, by name; the names and shapes are the same for all contenders of a case. A yardstick
             (see `Case`) may return nothing.
         leaves: the tensors that receive gradients, by name; the names are the same for all contenders of a case.
+        within: what its forward and its backward run inside of, such as a setting of torch's.
     """
 
     run: Callable[[], dict[str, Tensor]]
     leaves: dict[str, Tensor]
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,9 @@ class Case:
         dtype: storage dtype of every contender.
         steps: T.
         builders: name -> function of a number of steps that builds the contender with the same values as every other's.
-            `seqops` and `reference` (float64) must be there; the rest are peers, the first of which sets the bound of
-            16-bit dtypes. On another device than the CPU the function is also given `device=`, and draws there.
+            `seqops` and `reference` (float64) must be there, `ruler` may be; the rest are peers, the first of which
+            sets the bound of 16-bit dtypes where there is no ruler. On another device than the CPU the function is also
+            given `device=`, and builds there.
         flops: mode -> floating-point operations of one call.
         bytes: mode -> bytes that one call has to move when everything is read and written once.
         devices: of `DEVICES`, those that the case can run on.
@@ -94,6 +102,13 @@ class Case:
         copy_goals: mode -> the share of this device's copy rate to reach.
         causes: (peer, mode) -> why the goal is missed, where it is known to be missed.
         check_steps: T of the gradient check, where the whole length would take too long.
+        time_goals: mode -> seconds of a call to stay within.
+        beside: name -> another case, of which ours is checked, and timed as a peer is, by the same backend.
+        is_stepwise: one step after the other bounds the time: results are also given by the step.
+        step_floor: seconds that a forward step cannot take less than, by estimate.
+        backends: of a device with several, those to measure.
+        goal_backends: those whose results the goals are for.
+        priority: lower ones are measured first on a GPU, where a run may be cut off.
     """
 
     op: str
@@ -112,10 +127,21 @@ class Case:
     yardsticks: Mapping[tuple[str, str], Callable[..., Contender]] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
     copy_goals: Mapping[str, float] = field(default_factory=dict)
+    time_goals: Mapping[str, float] = field(default_factory=dict)
+    beside: Mapping[str, "Case"] = field(default_factory=dict)
+    is_stepwise: bool = False
+    step_floor: float | None = None
+    backends: Sequence[str] = tuple(name for names in BACKENDS.values() for name in names)
+    goal_backends: Sequence[str] = tuple(name for names in BACKENDS.values() for name in names)
+    priority: int = 1
+
+    def has_goals(self, backend: str | None) -> bool:
+        """Whether the goals are for a result of this backend; None where the device has only one."""
+        return backend is None or backend in self.goal_backends
 
     @property
     def peers(self) -> list[str]:
-        return [name for name in self.builders if name not in (OURS, REFERENCE)]
+        return [name for name in self.builders if name not in (OURS, REFERENCE, RULER)]
 
     def build(self, name: str, steps: int, device: str = CPU) -> Contender:
         return self._call(self.builders[name], steps, device)
@@ -197,13 +223,17 @@ def load_cases() -> list[Case]:
     return [case for name in found for case in import_module(name).CASES]
 
 
-def backends_for(op: str, device: str) -> list[str | None]:
-    """What to measure of an operator on a device: its backends there, or None alone for what torch dispatches to."""
+def backends_for(case: Case, device: str) -> list[str | None]:
+    """What to measure of a case on a device: its backends there, or None alone for what torch dispatches to."""
     if device not in BACKENDS:
         return [None]
     from seqops.core import backend
 
-    return [name for name in BACKENDS[device] if backend.reason_missing(op, name, device) is None]
+    return [
+        name
+        for name in BACKENDS[device]
+        if name in case.backends and backend.reason_missing(case.op, name, device) is None
+    ]
 
 
 def forced(name: str | None) -> AbstractContextManager[None]:
@@ -243,7 +273,7 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Outputs of one contender in double precision, and in modes with `gradients` also these, as `d <leaf>`."""
     contender = case.build(name, steps, device)
-    with torch.set_grad_enabled(mode in WITH_GRADIENTS), forced(backend):
+    with torch.set_grad_enabled(mode in WITH_GRADIENTS), forced(backend), contender.within():
         outputs = contender.run()
         values = {name: widen(output.detach()) for name, output in outputs.items()}
         if mode in WITH_GRADIENTS and gradients:
@@ -277,14 +307,36 @@ def check(case: Case, mode: str, device: str = CPU, backend: str | None = None) 
         found = compare(evaluate(case, OURS, mode, steps, gradients, device, backend), expected)
         if case.dtype not in (torch.bfloat16, torch.float16):
             allowed = dict.fromkeys(found, 1e-5 * math.sqrt(steps))
-        elif case.peers:
-            peer = compare(evaluate(case, case.peers[0], mode, steps, gradients, device), expected)
+        elif judge := RULER if RULER in case.builders else next(iter(case.peers), None):
+            peer = compare(evaluate(case, judge, mode, steps, gradients, device), expected)
             allowed = {name: 1.2 * error for name, error in peer.items()}
         else:
             allowed = dict.fromkeys(found, torch.finfo(case.dtype).eps)
         errors |= {f"{name}, T={steps}": error for name, error in found.items()}
         bounds |= {f"{name}, T={steps}": bound for name, bound in allowed.items()}
     return Check(errors, bounds)
+
+
+def find_unfit(case: Case, mode: str, device: str) -> dict[str, str]:
+    """Peers that cannot be timed here, with the reason: they fail, or what they compute is something else.
+
+    A few steps show it. Their precision is their own affair, so the bounds are wide.
+    """
+    steps = min(case.steps, UNFIT_STEPS)
+    expected, unfit = None, {}
+    for name in case.peers:
+        try:
+            found = evaluate(case, name, mode, steps, device=device)
+        except Exception as error:
+            unfit[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        if expected is None:
+            expected = evaluate(case, REFERENCE, mode, steps, device=device)
+        errors = {of: relative_error(value, expected[of]) for of, value in found.items()}
+        worst = max(errors, key=lambda of: math.inf if math.isnan(errors[of]) else errors[of])
+        if not errors[worst] <= UNFIT_ERROR:
+            unfit[name] = f"it computes something else: {worst}, T={steps}, is off by {errors[worst]:.1e}"
+    return unfit
 
 
 Block = Callable[[int], None]
@@ -294,7 +346,7 @@ def make_block(case: Case, contender: Contender, mode: str, backend: str | None 
     """A function that makes so many calls in one mode and keeps nothing."""
     if mode in WITH_GRADIENTS:
         leaves = tuple(contender.leaves.values())
-        with forced(backend):
+        with forced(backend), contender.within():
             outputs = contender.run()
         gradients = cotangents(outputs, case.dtype)
 
@@ -302,7 +354,7 @@ def make_block(case: Case, contender: Contender, mode: str, backend: str | None 
         roots = tuple(outputs.values())
 
         def block(calls: int) -> None:
-            with forced(backend):
+            with forced(backend), contender.within():
                 for _ in range(calls):
                     torch.autograd.grad(roots, leaves, gradients, retain_graph=True)
 
@@ -310,7 +362,7 @@ def make_block(case: Case, contender: Contender, mode: str, backend: str | None 
         del outputs
 
         def block(calls: int) -> None:
-            with forced(backend):
+            with forced(backend), contender.within():
                 for _ in range(calls):
                     torch.autograd.grad(tuple(contender.run().values()), leaves, gradients)
 
@@ -318,7 +370,7 @@ def make_block(case: Case, contender: Contender, mode: str, backend: str | None 
         without_gradients = torch.no_grad if mode == FORWARD else torch.inference_mode
 
         def block(calls: int) -> None:
-            with without_gradients(), forced(backend):
+            with without_gradients(), forced(backend), contender.within():
                 for _ in range(calls):
                     contender.run()
 
@@ -439,6 +491,8 @@ def measure(case: Case, mode: str, benchmark: Any, settings: Settings, backend: 
         blocks = {name: make_block(case, case.build(name, case.steps, device), mode) for name in case.peers}
         for name, yardstick in case.build_yardsticks(mode, device).items():
             blocks[name] = make_block(case, yardstick, FORWARD)
+        for name, other in case.beside.items():
+            blocks[name] = make_block(other, other.build(OURS, other.steps, device), mode, backend)
         blocks[OURS] = make_block(case, case.build(OURS, case.steps, device), mode, backend)
         blocks = watch.prepare(blocks)
         spent = {name: watch.estimate(block) for name, block in blocks.items()}

@@ -32,6 +32,9 @@ class Result:
         timing: "clock" on the CPU; on a GPU "graph" or "events" (see `cuda.py`).
         absent: peer -> why it could not be measured.
         copy_goal: the share of the copy rate to reach.
+        time_goal: seconds of a call to stay within.
+        steps: T, where one step after the other bounds the time.
+        step_floor: seconds that a step of this mode cannot take less than, by estimate.
     """
 
     case: str
@@ -52,6 +55,16 @@ class Result:
     timing: str = harness.Stopwatch.timing
     absent: dict[str, str] = field(default_factory=dict)
     copy_goal: float | None = None
+    time_goal: float | None = None
+    steps: int | None = None
+    step_floor: float | None = None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Ours, by the step."""
+        if self.steps is None or harness.OURS not in self.seconds:
+            return None
+        return self.seconds[harness.OURS]["median"] / self.steps
 
     @property
     def title(self) -> str:
@@ -76,13 +89,20 @@ class Record:
         path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
 
 
-QUANTITIES = {"time": "time", "copy": "share of the copy rate", "memory": "memory of a step"}
+QUANTITIES = {
+    "time": "time",
+    "copy": "share of the copy rate",
+    "memory": "memory of a step",
+    "seconds": "time of a call",
+}
 COPY = "copy"  # what a share of the copy rate is measured against
+TIME = "time"  # what a time of its own is measured against: the goal
 
 
 @dataclass(frozen=True)
 class Miss:
-    """A goal that was not reached: `value` is below `goal` for a ratio of times or of rates, above it for memory.
+    """A goal that was not reached: `value` is below `goal` for a ratio of times or of rates, above it for memory and
+    for seconds of a call.
 
     Attributes:
         quantity: a key of `QUANTITIES`.
@@ -177,4 +197,7 @@ def find_misses(record: Record) -> list[Miss]:
         share = result.copy_fraction.get(harness.OURS)
         if result.copy_goal is not None and share is not None and share < result.copy_goal:
             misses.append(Miss(result, COPY, "copy", share, result.copy_goal, result.causes.get(COPY, "")))
+        spent = result.seconds.get(harness.OURS, {}).get("median")
+        if result.time_goal is not None and spent is not None and spent > result.time_goal:
+            misses.append(Miss(result, TIME, "seconds", spent, result.time_goal, result.causes.get(TIME, "")))
     return misses

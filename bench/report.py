@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import harness
-from bench.record import QUANTITIES, Record, Result, find_misses, memory_ratio
-from bench.tables import MODE_TITLES, describe, format_bytes, format_ratio, format_seconds, summarise
+from bench.record import QUANTITIES, Miss, Record, Result, find_misses, memory_ratio
+from bench.tables import MODE_TITLES, describe, format_bytes, format_ratio, format_seconds, format_step, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,14 +94,18 @@ def plot_ratios(results: Sequence[Result], mode: str) -> str:
     return embed(figure)
 
 
+def is_torch_nn(peer: str) -> bool:
+    return peer.startswith("nn.") and "," not in peer
+
+
 def plot_points(
     results: Sequence[Result], mode: str, title: str, field: str, scale: str, label: str, factor: float
 ) -> str:
     """One row a case, one point a contender. `field` holds contender -> number or contender -> summary."""
     rows = [r for r in results if r.mode == mode and getattr(r, field)]
     names = list(dict.fromkeys(name for r in rows for name in getattr(r, field) if name != harness.OURS))
-    # nn.LSTM, nn.GRU and nn.RNN never share a row, and so share a colour.
-    others = [name for name in names if not name.startswith("nn.")]
+    # nn.LSTM, nn.GRU and nn.RNN never share a row, and so share a colour; "nn.LSTM, float16" is beside one of them.
+    others = [name for name in names if not is_torch_nn(name)]
     colours = dict.fromkeys(names, TORCH_NN_COLOUR) | {harness.OURS: OURS_COLOUR}
     colours |= dict(zip(others, itertools.cycle(PEER_COLOURS)))
     figure, axes = start_plot(len(rows), title)
@@ -111,7 +115,7 @@ def plot_points(
             centre = factor * (value["median"] if isinstance(value, dict) else value)
             if isinstance(value, dict):
                 axes.plot([factor * value["p20"], factor * value["p80"]], [y, y], color=colours[name], linewidth=2)
-            shown = "torch.nn" if name.startswith("nn.") else name
+            shown = "torch.nn" if is_torch_nn(name) else name.replace("nn.", "torch.nn.")
             marker = {"marker": "o" if name == harness.OURS else "D", "s": 34, "color": colours[name], "zorder": 3}
             axes.scatter([centre], [y], label=None if shown in labelled else shown, **marker)
             labelled.add(shown)
@@ -142,6 +146,13 @@ def describe_seconds(seconds: dict[str, float]) -> str:
     return f"{format_seconds(seconds['median'])}<br><small class=quiet>{spread}</small>"
 
 
+def describe_step(result: Result) -> str:
+    """By the step, where steps bound the time, and the time to stay within."""
+    parts = [f"{format_step(result)} a step"] if result.steps is not None else []
+    parts += [f"goal {format_seconds(result.time_goal)}"] if result.time_goal is not None else []
+    return f"<br><small class=quiet>{'; '.join(parts)}</small>" if parts else ""
+
+
 def describe_check(result: Result) -> str:
     name = f"<br><small class=quiet>{html.escape(result.check['name'])}</small>"
     return f"{result.check['error']:.1e} of {result.check['bound']:.1e}{name}"
@@ -156,7 +167,8 @@ def make_rows(results: Iterable[Result]) -> Iterable[list[str]]:
         if not result.ratios:
             seconds = result.seconds[harness.OURS]
             shares = [f"{share[harness.OURS]:.1%}" for share in (result.gemm_fraction, result.copy_fraction)]
-            yield [*start, "", describe_seconds(seconds), "", "", "", *shares, "", describe_check(result)]
+            ours = describe_seconds(seconds) + describe_step(result)
+            yield [*start, "", ours, "", "", "", *shares, "", describe_check(result)]
         for peer, ratio in result.ratios.items():
             goal = result.goals.get(peer)
             style = "" if goal is None else "met" if ratio["median"] >= goal else "missed"
@@ -165,7 +177,8 @@ def make_rows(results: Iterable[Result]) -> Iterable[list[str]]:
             yield [
                 *start,
                 html.escape(peer),
-                *map(describe_seconds, seconds),
+                describe_seconds(seconds[0]) + describe_step(result),
+                describe_seconds(seconds[1]),
                 f'<span class="{style}">{format_ratio(ratio["median"])}</span><br>'
                 f"<small class=quiet>{ratio['p20']:.2f} – {ratio['p80']:.2f}</small>",
                 "" if goal is None else f"{goal:g}x",
@@ -176,6 +189,10 @@ def make_rows(results: Iterable[Result]) -> Iterable[list[str]]:
             ]
 
 
+def describe_reached(miss: Miss, value: float, text: str = "{:.2f}") -> str:
+    return format_seconds(value) if miss.quantity == "seconds" else text.format(value)
+
+
 def missed_goals(record: Record) -> str:
     """The goals not reached, by how much, and the reason where one is known."""
     rows = [
@@ -184,8 +201,8 @@ def missed_goals(record: Record) -> str:
             html.escape(MODE_TITLES[miss.result.mode]),
             html.escape(miss.peer),
             QUANTITIES[miss.quantity],
-            f'<span class="missed">{miss.value:.2f}</span>',
-            f"{'≤' if miss.quantity == 'memory' else '≥'} {miss.goal:g}",
+            f'<span class="missed">{describe_reached(miss, miss.value)}</span>',
+            f"{'≤' if miss.quantity in ('memory', 'seconds') else '≥'} {describe_reached(miss, miss.goal, '{:g}')}",
             f"{abs(miss.value / miss.goal - 1):.0%}",
             html.escape(miss.cause or "not known yet"),
         ]

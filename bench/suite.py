@@ -4,7 +4,8 @@
 `conftest.py` registers the plugin where nobody else has.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import harness, memory
+from bench import hardware, harness, memory
 from bench.record import Result
 
 
@@ -23,6 +24,7 @@ class Suite:
         cases: what to measure, by each backend that the settings' device has for it.
         settings: how much.
         report: called with what happens: `("start", number of measurements)`, `("stage", text)`, `("result", Result)`.
+        kernels: (operator, backend, pass) of those that may be measured; None: all. What needs another one is left out.
     """
 
     def __init__(
@@ -30,17 +32,20 @@ class Suite:
         cases: Sequence[harness.Case],
         settings: harness.Settings,
         report: Callable[[str, Any], None] = lambda event, value: None,
+        kernels: Collection[tuple[str, str, str]] | None = None,
     ) -> None:
         self.measurements = [
             (case, mode, backend)
             for case in cases
-            for backend in harness.backends_for(case.op, settings.device)
+            for backend in harness.backends_for(case, settings.device)
             for mode in case.modes
+            if kernels is None or not hardware.withheld({"op": case.op, "backend": backend, "mode": mode}, kernels)
         ]
         self.settings = settings
         self.report = report
         self.results: list[Result] = []
         self.problems: list[str] = []
+        self.checks: dict[tuple[str, str, str | None], harness.Check] = {}
         self.processes = memory.Processes()
 
     @cached_property
@@ -81,22 +86,28 @@ class Suite:
             benchmark: pytest-benchmark's fixture.
         """
         title = ", ".join(filter(None, (case.name, mode, backend)))
+        has_goals = case.has_goals(backend)
         result = Result(
             case=case.name,
             op=case.op,
             shape=dict(case.shape),
             dtype=str(case.dtype).removeprefix("torch."),
             mode=mode,
-            goals={peer: goal for (peer, of), goal in case.goals.items() if of == mode},
+            goals={peer: goal for (peer, of), goal in case.goals.items() if of == mode and has_goals},
             causes={peer: cause for (peer, of), cause in case.causes.items() if of == mode},
             backend=backend,
             absent=dict(case.absent),
-            copy_goal=case.copy_goals.get(mode),
+            copy_goal=case.copy_goals.get(mode) if has_goals else None,
+            time_goal=case.time_goals.get(mode) if has_goals else None,
+            steps=case.steps if case.is_stepwise else None,
+            step_floor=None if mode in harness.WITH_GRADIENTS else case.step_floor,
         )
         try:
             rates = self.rates
             self.report("stage", f"{title}: values")
             self.check(result, case)
+            if result.error is None and self.settings.device != harness.CPU:
+                case = self.leave_out(result, case)
             if result.error is None:
                 self.report("stage", f"{title}: time")
                 self.time(result, case, benchmark, rates)
@@ -111,11 +122,30 @@ class Suite:
         self.report("result", result)
         return result
 
+    def leave_out(self, result: Result, case: harness.Case) -> harness.Case:
+        """The case without the peers that cannot be timed here, which the result names as absent."""
+        unfit = harness.find_unfit(case, result.mode, self.settings.device)
+        result.absent |= unfit
+        builders = {name: builder for name, builder in case.builders.items() if name not in unfit}
+        return replace(case, builders=builders)
+
     def check(self, result: Result, case: harness.Case) -> None:
-        found = harness.check(case, result.mode, self.settings.device, result.backend)
-        worst = max(found.errors, key=lambda name: found.errors[name] / (found.bounds[name] or 1.0))
-        result.check = {"name": worst, "error": found.errors[worst], "bound": found.bounds[worst]}
-        result.error = found.message
+        found = self.check_once(case, result.mode, result.backend)
+        errors, bounds = dict(found.errors), dict(found.bounds)
+        for name, other in case.beside.items():
+            more = self.check_once(other, result.mode, result.backend)
+            errors |= {f"{name}: {of}": error for of, error in more.errors.items()}
+            bounds |= {f"{name}: {of}": bound for of, bound in more.bounds.items()}
+        worst = max(errors, key=lambda name: errors[name] / (bounds[name] or 1.0))
+        result.check = {"name": worst, "error": errors[worst], "bound": bounds[worst]}
+        result.error = harness.Check(errors, bounds).message
+
+    def check_once(self, case: harness.Case, mode: str, backend: str | None) -> harness.Check:
+        """Of a case that stands beside another one, what was found when it was measured itself, if it was."""
+        key = case.name, mode, backend
+        if key not in self.checks:
+            self.checks[key] = harness.check(case, mode, self.settings.device, backend)
+        return self.checks[key]
 
     def time(self, result: Result, case: harness.Case, benchmark: Any, rates: harness.Rates) -> None:
         times = harness.measure(case, result.mode, benchmark, self.settings, result.backend)
@@ -123,8 +153,9 @@ class Suite:
         for name, spent in times.seconds.items():
             result.seconds[name] = {**harness.summary(spent), "rounds": len(spent), "calls": times.calls[name]}
             median = result.seconds[name]["median"]
-            result.gemm_fraction[name] = case.flops[result.mode] / median / rates.gemm
-            result.copy_fraction[name] = case.bytes[result.mode] / median / rates.copy
+            of = case.beside.get(name, case)
+            result.gemm_fraction[name] = of.flops[result.mode] / median / rates.gemm
+            result.copy_fraction[name] = of.bytes[result.mode] / median / rates.copy
             if name != harness.OURS:
                 result.ratios[name] = harness.ratio_summary(times.seconds[harness.OURS], spent)
 

@@ -43,19 +43,37 @@ def format_shares(shares: dict[str, float], peer: str | None) -> str:
     return " / ".join(f"{shares[name]:.0%}" for name in (harness.OURS, peer) if name).replace("%", "")
 
 
+def format_step(result: Result) -> str:
+    """Ours by the step, beside the least that a step can take by estimate."""
+    if result.step_seconds is None:
+        return ""
+    floor = "" if result.step_floor is None else f" (floor {format_seconds(result.step_floor)})"
+    return format_seconds(result.step_seconds) + floor
+
+
 LEFT = ("case", "mode", "against")
-NUMBERS = ("ours", "peer", "ratio", "goal", "20-80 %", "memory ours / peer", "GEMM %", "copy %")
+NUMBERS = (
+    *("ours", "time goal", "a step", "peer", "ratio", "goal"),
+    *("20-80 %", "memory ours / peer", "GEMM %", "copy %"),
+)
 # What a narrow terminal does without, first to last; the report has it all.
-SPARED = ("copy %", "GEMM %", "20-80 %", "memory ours / peer", "goal")
+SPARED = ("copy %", "GEMM %", "20-80 %", "memory ours / peer", "a step", "time goal", "goal")
 
 
 def make_row(result: Result, peer: str | None) -> dict[str, str]:
     """The cells of one case, mode and peer, by column; markup where the goal is met or missed. None: without a peer."""
+    spent, limit = result.seconds[harness.OURS]["median"], result.time_goal
+    colour = "" if limit is None else "[green]" if spent <= limit else "[red]"
+    ours = {
+        "case": result.title,
+        "mode": result.mode,
+        "ours": colour + format_seconds(spent),
+        "time goal": "" if limit is None else format_seconds(limit),
+        "a step": format_step(result),
+    }
     if peer is None:
         return {
-            "case": result.title,
-            "mode": result.mode,
-            "ours": format_seconds(result.seconds[harness.OURS]["median"]),
+            **ours,
             "GEMM %": format_shares(result.gemm_fraction, None),
             "copy %": format_shares(result.copy_fraction, None),
         }
@@ -63,10 +81,8 @@ def make_row(result: Result, peer: str | None) -> dict[str, str]:
     colour = "" if goal is None else "[green]" if ratio["median"] >= goal else "[red]"
     weighed = harness.OURS in result.memory and peer in result.memory
     return {
-        "case": result.title,
-        "mode": result.mode,
+        **ours,
         "against": peer,
-        "ours": format_seconds(result.seconds[harness.OURS]["median"]),
         "peer": format_seconds(result.seconds[peer]["median"]),
         "ratio": f"{colour}{format_ratio(ratio['median'])}",
         "goal": "" if goal is None else f"{goal:.3g}x",
@@ -80,7 +96,13 @@ def make_row(result: Result, peer: str | None) -> dict[str, str]:
 
 
 def make_table(results: Iterable[Result], columns: Sequence[str], **style: object) -> Table:
-    """One row for each case, mode and peer; a case with wrong values has one row without numbers."""
+    """One row for each case, mode and peer; a case with wrong values has one row without numbers. Columns of what no
+    result has are left out.
+    """
+    results = list(results)
+    filled = {"time goal": any(result.time_goal is not None for result in results)}
+    filled["a step"] = any(result.steps is not None for result in results)
+    columns = [title for title in columns if filled.get(title, True)]
     table = Table(pad_edge=False, **style)
     for title in columns:
         table.add_column(title, justify="left" if title in LEFT else "right", no_wrap=title != "case")
@@ -135,7 +157,8 @@ def summarise(record: Record) -> str:
     failed = sum(result.error is not None for result in record.results)
     timed = [result for result in record.results if not result.error]
     # A goal against something that this machine lacks is neither met nor missed.
-    goals = sum(len(result.goals.keys() - result.absent.keys()) + (result.copy_goal is not None) for result in timed)
+    goals = sum(len(result.goals.keys() - result.absent.keys()) for result in timed)
+    goals += sum((result.copy_goal is not None) + (result.time_goal is not None) for result in timed)
     missed = [miss for miss in find_misses(record) if miss.quantity != "memory"]
     parts = [f"{goals - len(missed)} of {goals} goals met"]
     heavier = sum(miss.quantity == "memory" for miss in find_misses(record))
@@ -158,10 +181,12 @@ def print_record(record: Record, console: Console) -> None:
     for miss in find_misses(record):
         what = QUANTITIES[miss.quantity]
         cause = f": {miss.cause}" if miss.cause else ""
-        lines.append(
-            f"missed: {miss.result.title}, {miss.result.mode}, {what} against {miss.peer}: "
-            f"{miss.value:.2f} for {miss.goal:g}{cause}"
-        )
+        if miss.quantity == "seconds":
+            reached = f"{format_seconds(miss.value)} for {format_seconds(miss.goal)}"
+        else:
+            what = f"{what} against {miss.peer}"
+            reached = f"{miss.value:.2f} for {miss.goal:g}"
+        lines.append(f"missed: {miss.result.title}, {miss.result.mode}, {what}: {reached}{cause}")
     lines += [summarise(record), describe(record)]
     console.file.write("\n".join(lines) + "\n")
 

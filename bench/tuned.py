@@ -19,8 +19,14 @@ from typing import Any
 SHAPES = tuple(
     f"{operator} {shape} --dtype {dtype}"
     for operator, shape, dtypes in (
+        ("lstm", "--heads 12 --dim 64 --batch 16 --time 1024", ("bfloat16",)),
+        ("lstm", "--heads 1 --dim 768 --batch 16 --time 1024", ("bfloat16",)),
         ("linear_scan", "--batch 8 --time 8192 --channels 1024", ("float32", "bfloat16")),
         ("softmax_scan", "--batch 8 --time 8192 --heads 16 --dim 64", ("float32", "bfloat16")),
+        ("lstm", "--heads 6 --dim 128 --batch 16 --time 1024", ("bfloat16",)),
+        ("lstm", "--heads 3 --dim 256 --batch 16 --time 1024", ("bfloat16",)),
+        ("gru", "--heads 1 --dim 512 --batch 16 --time 1024", ("bfloat16",)),
+        ("slstm", "--heads 4 --dim 64 --batch 16 --time 1024", ("bfloat16",)),
         ("linear_scan", "--batch 1 --time 65536 --channels 2048", ("float32", "bfloat16")),
         ("softmax_scan", "--batch 1 --time 262144 --heads 4 --dim 64", ("float32", "bfloat16")),
         ("linear_scan", "--batch 1 --time 1048576 --channels 64", ("float32", "bfloat16")),
@@ -115,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=root / "seqops" / "tune" / "configs")
     chosen = parser.parse_args(arguments)
     for file in chosen.files:
-        document = (json.loads(file.read_text()).get("tune") or {}).get("store")
+        record = json.loads(file.read_text())
+        found = record.get("tune") or record.get("kept", {}).get("tune", {}).get("value") or {}
+        document = found.get("store")
         if document is None:
             print(f"{file}: nothing was tuned in that run", file=sys.stderr)
             return 1

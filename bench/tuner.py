@@ -2,6 +2,7 @@
 
     python -m bench.tuner [--json FILE] [--quick]     measure, and write a file for the pages
     python -m bench.tuner --from FILE --pages          write the tables and the picture of the documentation
+    python -m bench.tuner --from FILE --solve --json FILE --pages    the problems anew, since one changed
 
 Every kernel's own problem is solved here, on every preset; every plan of the CPU's recurrent kernels, predicted and
 measured, comes from bench/tune_quality.py. The solver beside another one: bench/csp.py.
@@ -176,12 +177,17 @@ def write_pages(found: Row) -> None:
 @click.command(help=__doc__)
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write all figures to this file.")
 @click.option("--from", "source", type=click.Path(path_type=Path, exists=True), help="Take figures from this file.")
+@click.option("--solve", is_flag=True, help="With --from: solve the problems anew, and keep the other figures.")
 @click.option("--pages", is_flag=True, help="Write the tables and the picture of the documentation.")
 @click.option("--quick", is_flag=True, help="Fewer problems and shapes.")
 @click.option("--threads", default=2, show_default=True, help="Of the CPU kernels.")
-def main(path: Path | None, source: Path | None, pages: bool, quick: bool, threads: int) -> None:
+def main(path: Path | None, source: Path | None, solve: bool, pages: bool, quick: bool, threads: int) -> None:
+    if solve and source is None:
+        raise click.UsageError("--solve keeps the other figures of a file: name it with --from")
     if source is not None:
         found = json.loads(source.read_text())
+        if solve:
+            found["solves"] = [*solve_rows(quick)]
     else:
         torch.set_num_threads(threads)
         found = {"machine": record.describe_machine(threads)}

@@ -11,16 +11,18 @@ FILE gets one JSON object a line:
 | `end`, `outcome`, `seconds`, `message`, `measured` | after it; `measured` is what it gave to `record_property` |
 | `uncollected`, `message` | where a file could not be collected or asked to be skipped |
 
-A test that FILE has already begun is left out, so that the same command goes on where a process died. A test that runs
-longer than the limit ends the process. So does one after which the GPU answers nothing but errors: what followed in the
-same process would fail whatever it did.
+A test that FILE has already begun is left out, so that the same command goes on where a process died. Kinds of tests
+take turns, so that a run that is cut off has been to every kernel. A test that runs longer than the limit ends the
+process. So does one after which the GPU answers nothing but errors: what followed in the same process would fail
+whatever it did.
 """
 
 import faulthandler
 import functools
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ class Watch:
         ]
         chosen = set(mine)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = sorted(mine, key=lambda item: item.nodeid not in self.first)
+        items[:] = sorted(in_turn(mine), key=lambda item: item.nodeid not in self.first)
 
     def pytest_collection_finish(self) -> None:
         watch_backends(self.on_call)
@@ -127,6 +129,20 @@ class Watch:
                 synchronize()
             except RuntimeError as error:
                 pytest.exit(f"the GPU no longer works in this process: {error}", GOES_ON)
+
+
+def in_turn(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """One test of each kind, CUDA before Triton, then a second one of each, ...: a run that is cut off has been to all.
+
+    A kind is a function with the first of its parameters, which names the operator, and Triton or not.
+    """
+    seen: Counter[tuple[str, bool]] = Counter()
+    ranks = {}
+    for item in items:
+        kind = item.nodeid.split("-")[0], "triton" in item.nodeid
+        ranks[item] = seen[kind], kind[1]
+        seen[kind] += 1
+    return sorted(items, key=ranks.__getitem__)
 
 
 def synchronize() -> None:

@@ -1,6 +1,7 @@
 """The benchmark's own promises: checked before timed, interleaved, ratios by round, files that can be read again."""
 
 import contextlib
+import dataclasses
 import html.parser
 import io
 import json
@@ -21,9 +22,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command
-from bench import cuda, harness, memory, record, report, rnn, suite, tables
+from bench import cuda, harness, memory, record, report, rnn, rnn_contenders, suite, tables
 from bench.harness import BACKWARD, FORWARD, INFERENCE, OURS, REFERENCE, TRAINING
-from seqops.core import backend
+from seqops.core import backend, launch
 
 FAST, SLOW = "fast peer", "slow peer"
 CALLS: list[str] = []
@@ -374,6 +375,7 @@ def stub_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         CUDAGraph=lambda: SimpleNamespace(replay=lambda: log.append("replay")),
         graph=graph,
         synchronize=lambda: log.append("wait"),
+        stream=lambda stream: contextlib.nullcontext(),
     )
     stub = SimpleNamespace(
         int32=torch.int32,
@@ -392,6 +394,14 @@ def test_calls_on_a_gpu_are_cold_and_timed_one_by_one(stub_torch: list[str]) -> 
     stub_torch.clear()
     assert watch.seconds(lambda calls: stub_torch.append(f"call {calls}"), 2) == pytest.approx(3e-3)
     assert stub_torch == [*["flush", "event", "call 1", "event"] * 2, "wait", "read", "read"]
+
+
+def test_a_case_that_fails_leaves_nothing_running(stub_torch: list[str]) -> None:
+    watch = cuda.Stopwatch()
+    stub_torch.clear()
+    with pytest.raises(RuntimeError, match="no kernel today"), watch.running():
+        fail(1)
+    assert stub_torch == ["wait"]
 
 
 def test_graphs_are_timed_where_all_can_be_captured(stub_torch: list[str]) -> None:
@@ -639,6 +649,8 @@ def test_command_lists_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--op=slst"], "no operator 'slst'; did you mean slstm or lstm?"),
         (["--op=zzz"], "no operator 'zzz'; there are lstm, slstm, gru"),
         (["--threads=0"], "0 is not in the range x>=1"),
+        (["--kernel=lstm:cpu:forward"], "expected OP:cuda|triton:forward|backward, got 'lstm:cpu:forward'"),
+        (["--kernel=lstm"], "expected OP:cuda|triton:forward|backward, got 'lstm'"),
         (["--device=tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
         (["--from=README.md"], "--from: README.md: expected JSON"),
         (["--markdown=Makefile"], "--markdown: Makefile: expected one line <!-- bench:begin -->"),
@@ -681,8 +693,12 @@ def test_case_tables_are_consistent() -> None:
     for case in cases:
         assert {OURS, REFERENCE} <= set(case.builders)
         assert case.devices and set(case.devices) <= set(harness.DEVICES)
+        assert case.backends and set(case.backends) <= {name for row in harness.BACKENDS.values() for name in row}
+        assert set(case.time_goals) <= set(case.modes)
+        # Without peers, only a ruler can bound what 16 bits may be off by.
+        assert case.peers or harness.RULER in case.builders or case.op not in rnn.MODULES
         assert not set(case.absent) & set(case.builders)
-        timed = {*case.builders, *case.absent, *(name for name, _ in case.yardsticks)}
+        timed = {*case.builders, *case.absent, *case.beside, *(name for name, _ in case.yardsticks)} - {harness.RULER}
         assert {mode for _, mode in case.yardsticks} | set(case.copy_goals) <= set(case.modes)
         assert set(case.modes) == set(case.flops) == set(case.bytes) <= set(harness.MODES)
         for peer, mode in (*case.goals, *case.causes):
@@ -690,7 +706,7 @@ def test_case_tables_are_consistent() -> None:
         assert case.check_steps is None or case.check_steps < case.steps
 
 
-@pytest.mark.parametrize("case", rnn.CASES, ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize("case", rnn.CPU_CASES, ids=lambda case: case.name.replace(" ", "-"))
 def test_contenders_compute_the_same(case: harness.Case) -> None:
     """Ours and every peer give the float64 reference's outputs and gradients on three steps, in the case's modes."""
     bound = 1e-5 if case.dtype == torch.float32 else 5e-2
@@ -700,6 +716,300 @@ def test_contenders_compute_the_same(case: harness.Case) -> None:
     for name in (OURS, *case.peers):
         errors = harness.compare(harness.evaluate(case, name, mode, steps), expected)
         assert all(error < bound for error in errors.values()), (name, errors)
+
+
+# --- the recurrent networks on a GPU, in small and on the CPU: ours in the simulator
+
+
+def run_flashrnn(wx: Tensor, r: Tensor, b: Tensor, function: str, backend: str, dtype: str) -> tuple[Tensor, Tensor]:
+    """In place of the package, in its layout [states, B, T, H, D]; of all states but h only the last step is right."""
+    assert backend == "cuda_fused" and dtype == str(wx.dtype).removeprefix("torch.")
+    h, *last = rnn_contenders.call_reference(function, wx, r, b)
+    states = torch.stack((h, *(state[:, None].expand_as(h) for state in last[1:])))
+    return states, torch.stack(last)[:, :, None]
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    if reason := launch._reason_without_compiler():
+        pytest.skip(reason)
+    monkeypatch.setenv("SEQOPS_SIMULATE", "1")
+    monkeypatch.setenv("SEQOPS_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
+    monkeypatch.setitem(sys.modules, "flashrnn", SimpleNamespace(flashrnn=run_flashrnn))
+    monkeypatch.setattr(rnn, "NO_FLASHRNN", {})
+
+
+OPERATORS = [("lstm", torch.bfloat16), ("slstm", torch.float32), ("gru", torch.bfloat16), ("elman", torch.float32)]
+
+
+@pytest.mark.parametrize(("op", "dtype"), OPERATORS, ids=[op for op, _ in OPERATORS])
+def test_contenders_on_a_gpu_compute_the_same(op: str, dtype: torch.dtype, simulated: None) -> None:
+    """The alternating path of ours, FlashRNN's layout and the loops, forward and backward."""
+    case = rnn.on_gpu(rnn.several(op, 2, 4, batch=3, dtype=dtype, time=5))
+    wanted = {rnn.ALTERNATING, *((rnn.LOOP,) if op == "slstm" else ()), *((rnn.FLASHRNN,) if op != "gru" else ())}
+    assert set(case.peers) == wanted and case.backends == ("cuda", "triton") and not case.absent
+    assert harness.find_unfit(case, TRAINING, "cpu") == {}
+    bound = 1e-5 if dtype == torch.float32 else 5e-2
+    expected = harness.evaluate(case, REFERENCE, TRAINING, case.steps)
+    for name in (OURS, harness.RULER, *case.peers):
+        errors = harness.compare(harness.evaluate(case, name, TRAINING, case.steps), expected)
+        assert all(error < bound for error in errors.values()), (name, errors)
+
+
+def test_the_alternating_peer_runs_no_kernel_of_all_steps(simulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from seqops.rnn import cuda as kernels
+
+    def launched(*arguments: object, **options: object) -> None:
+        raise AssertionError("the kernel of all steps")
+
+    for pair in kernels.KERNELS.values():
+        for kernel in pair:
+            monkeypatch.setattr(kernel, "_simulate", launched)
+    case = rnn.on_gpu(rnn.several("lstm", 2, 4, batch=3, time=3))
+    assert harness.evaluate(case, rnn.ALTERNATING, TRAINING, 3)
+    with pytest.raises(AssertionError, match="the kernel of all steps"):
+        harness.evaluate(case, OURS, TRAINING, 3, backend="cuda")
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("op", ["lstm", "gru", "elman"])
+def test_modules_on_a_gpu_are_bounded_by_a_ruler(op: str, carried: bool, simulated: None) -> None:
+    """The loop after a stored projection, rounded as it goes: it sets the bound, whatever the peers do; ours is in it.
+
+    In float64 it is the reference itself.
+    """
+    shape = rnn.layer(op, 16, batch=3, time=1 if carried else 12, carried=carried)
+    mode = INFERENCE if carried else TRAINING
+    case = rnn.on_gpu(shape, modes=(mode,))
+    case = dataclasses.replace(case, check_steps=None)
+    expected = harness.evaluate(case, REFERENCE, mode, shape.T)
+    ruler = harness.compare(harness.evaluate(case, harness.RULER, mode, shape.T), expected)
+    assert all(1e-4 < error < 5e-2 for error in ruler.values()), ruler
+    for peer in case.peers:
+        case.builders[peer] = fail
+    found = harness.check(case, mode, backend="cuda")
+    assert found.bounds == {f"{name}, T={shape.T}": 1.2 * error for name, error in ruler.items()}
+    assert not found.failures, found.message
+    exact = rnn.on_gpu(dataclasses.replace(shape, dtype=torch.float64), modes=(mode,))
+    expected = harness.evaluate(exact, REFERENCE, mode, shape.T)
+    errors = harness.compare(harness.evaluate(exact, harness.RULER, mode, shape.T), expected)
+    assert all(error < 1e-13 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", ["lstm", "gru", "elman"])
+def test_modules_on_a_gpu_have_a_peer_of_another_precision(op: str, dtype: torch.dtype) -> None:
+    case = rnn.on_gpu(rnn.layer(op, 8, batch=2, dtype=dtype, time=4))
+    title = f"nn.{rnn.MODULES[op]}"
+    assert case.peers == [title, f"{title}, {'float16' if dtype == torch.bfloat16 else 'TF32'}"]
+    assert harness.find_unfit(case, TRAINING, "cpu") == {}
+    inside = {}
+    for name in (OURS, *case.peers):
+        contender = case.build(name, 4)
+        with contender.within():
+            inside[name] = torch.backends.cudnn.allow_tf32, contender.run()["h"].dtype
+    other = (False, torch.float16) if dtype == torch.bfloat16 else (True, dtype)
+    assert list(inside.values()) == [(False, dtype), (False, dtype), other]
+
+
+def test_the_goals_on_a_gpu() -> None:
+    """Milliseconds of a training step's two measurements, and ratios, by case."""
+    cases = {case.name.removesuffix(" GPU"): case for case in rnn.GPU_CASES}
+    assert len(cases) == len(rnn.GPU_CASES) and all(case.is_stepwise for case in cases.values())
+    times = {name: tuple(case.time_goals.values()) for name, case in cases.items() if case.time_goals}
+    assert times == {
+        "lstm bfloat16 B16 T1024 H12 D64": (0.8e-3, 2.5e-3),
+        "lstm bfloat16 B16 T1024 H6 D128": (1.0e-3, 3.0e-3),
+        "lstm bfloat16 B16 T1024 H3 D256": (1.3e-3, 3.8e-3),
+        "nn.LSTM bfloat16 B16 T1024 D768": (1.7e-3, 4.8e-3),
+    }
+    for name, case in cases.items():
+        if name.startswith(("nn.GRU bfloat16 B16", "nn.LSTM bfloat16 B16")) and case.steps > 1:
+            wanted = {"gru": 3, "lstm": 2.5}[case.op]
+            assert case.goals == {(case.peers[0], mode): wanted for mode in (FORWARD, TRAINING)}, name
+        if case.beside:
+            small = case.beside[rnn.SMALL_BATCH]
+            assert {**case.shape, "B": 16} == small.shape and case.shape["B"] == 64
+            assert set(case.goals.values()) == {1 / 1.3}
+        assert case.has_goals("cuda") and not case.has_goals("triton")
+
+
+def test_flashrnn_is_a_goal_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rnn, "NO_FLASHRNN", {})
+    case = rnn.on_gpu(rnn.several("slstm", 3, 256))
+    assert case.goals == {(rnn.FLASHRNN, mode): 3 for mode in (FORWARD, TRAINING)}
+    for shape in (rnn.several("slstm", 1, 257), rnn.several("gru", 4, 64), rnn.several("lstm", 4, 64, time=1)):
+        assert not rnn.on_gpu(shape).goals
+    monkeypatch.setattr(rnn, "NO_FLASHRNN", {rnn.FLASHRNN: "the package flashrnn is not installed"})
+    assert not rnn.on_gpu(rnn.several("slstm", 3, 256)).goals
+
+
+def test_recurrent_cases_go_all_the_way(
+    simulated: None, plain_process: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a GPU, but for the clock and for where tensors lie: checked, peers tried, timed, and printed."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Stub 9")
+    monkeypatch.setattr(harness, "make_stopwatch", lambda device: SlowWatch())
+    monkeypatch.setattr(harness, "UNFIT_STEPS", 2)
+    monkeypatch.setattr(backend, "reason_missing", lambda op, name, device: None if name == "cuda" else "no GPU")
+    monkeypatch.setattr(harness.Case, "_call", staticmethod(lambda builder, steps, device: builder(steps)))
+    monkeypatch.setattr(rnn, "NO_FLASHRNN", {rnn.FLASHRNN: "the package flashrnn is not installed"})
+    small, time_goal = rnn.on_gpu(rnn.several("lstm", 2, 4, batch=2, time=3)), {FORWARD: 1e9, TRAINING: 1e-9}
+    cases = [
+        rnn.on_gpu(rnn.several("lstm", 2, 4, batch=3, time=3), milliseconds=time_goal),
+        rnn.on_gpu(rnn.several("lstm", 2, 4, batch=8, time=3), beside={rnn.SMALL_BATCH: small}),
+        rnn.on_gpu(rnn.layer("gru", 16, batch=4, time=3), ratio=1e9),
+        rnn.on_gpu(rnn.layer("lstm", 16, batch=4, time=1, carried=True), "decode", modes=(INFERENCE,)),
+    ]
+    cases = [dataclasses.replace(case, check_steps=2 if case.check_steps else None) for case in cases]
+    settings = harness.Settings(threads=1, quick=True, memory=False, device="cuda")
+    measured = suite.Suite(cases, settings)
+    assert suite.run(measured) == 0, [result.error for result in measured.results]
+    peers = [set(result.ratios) for result in measured.results]
+    both = {"nn.LSTM", "nn.LSTM, float16"}
+    expected = [*[{rnn.ALTERNATING}] * 2, *[{rnn.SMALL_BATCH}] * 2, *[{"nn.GRU", "nn.GRU, float16"}] * 2, both]
+    assert peers == expected and {result.backend for result in measured.results} == {"cuda"}
+    assert all(result.step_seconds > 0 for result in measured.results)
+    found = record.make_record(settings, measured.rates, measured.results)
+    found.save(tmp_path / "run.json")
+    target = io.StringIO()
+    tables.print_record(record.load(tmp_path / "run.json"), Console(file=target))
+    text = target.getvalue()
+    assert "absent: lstm, flashrnn: the package flashrnn is not installed" in text
+    assert "missed: lstm bfloat16 B3 T3 H2 D4 GPU, cuda, forward+backward, time of a call: " in text
+    assert "missed: nn.GRU bfloat16 B4 T3 D16 GPU, cuda, forward, time against nn.GRU: " in text
+    report.write_html(tmp_path / "run.html", found)
+    assert "a step" in (tmp_path / "run.html").read_text()
+
+
+# --- what only a GPU's cases have
+
+
+def test_times_steps_and_other_cases(stub_gpu: list[str | None]) -> None:
+    """A time to stay within, ours at another size by the same backend, and what one step takes."""
+    case = gpu_case(
+        backends=("cuda",),
+        time_goals={FORWARD: 1e-12, TRAINING: 1e3},
+        beside={"small": gpu_case(op="small")},
+        goals={("small", FORWARD): 1e9},
+        is_stepwise=True,
+        step_floor=1e-9,
+    )
+    measured = suite.Suite([case], harness.Settings(threads=1, quick=True, memory=False, device="cuda"))
+    assert suite.run(measured) == 0
+    forward, training = measured.results
+    assert set(forward.ratios) == {FAST, SLOW, "small"}
+    assert forward.step_seconds == pytest.approx(forward.seconds[OURS]["median"] / 4)
+    assert (forward.step_floor, training.step_floor) == (1e-9, None)
+    found = record.make_record(measured.settings, measured.rates, measured.results)
+    misses = {(miss.quantity, miss.peer, miss.result.mode) for miss in record.find_misses(found)}
+    assert misses == {("time", "small", FORWARD), ("seconds", record.TIME, FORWARD)}
+    assert tables.summarise(found) == "1 of 3 goals met"
+    text = tables.render(measured.results)
+    assert "time goal" in text and "a step" in text and "(floor 0.00 µs)" in text
+    target = io.StringIO()
+    tables.print_record(found, Console(file=target))
+    assert re.search(
+        r"^missed: scale B4, cuda, forward, time of a call: [\d.]+ \S+ for 0.00 µs$", target.getvalue(), re.M
+    )
+    assert "time goal" not in tables.render([make_result()]) and "a step" not in tables.render([make_result()])
+
+
+def test_goals_are_for_the_backends_that_a_case_names(stub_gpu: list[str | None]) -> None:
+    goals = {"goals": {(FAST, FORWARD): 2.0}, "time_goals": {FORWARD: 1.0}, "copy_goals": {FORWARD: 0.5}}
+    case = gpu_case(**goals, goal_backends=("cuda",))
+    measured = suite.Suite([case], harness.Settings(threads=1, quick=True, memory=False, device="cuda"))
+    assert suite.run(measured) == 0
+    found = {
+        result.backend: (result.goals, result.time_goal, result.copy_goal)
+        for result in measured.results
+        if result.mode == FORWARD
+    }
+    assert found == {"cuda": ({FAST: 2.0}, 1.0, 0.5), "triton": ({}, None, None)}
+    assert all(result.ratios for result in measured.results)
+
+
+def test_only_named_kernels_are_measured(
+    stub_gpu: list[str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And what needs another one as well is not run at all."""
+    monkeypatch.setattr(cuda, "peak_memory", lambda case, name, backend: 8 << 20)
+    names = ["scale:cuda:forward", "scale:cuda:backward", "scale:triton:forward"]
+    chosen = [f"--kernel={name}" for name in names]
+    file = tmp_path / "run.json"
+    stub_gpu.clear()
+    code, output = run_command(monkeypatch, [gpu_case()], "--device=cuda", "--quick", f"--json={file}", *chosen[::2])
+    assert code == 0, output
+    kept = [(result.backend, result.mode) for result in record.load(file).results]
+    assert kept == [("cuda", FORWARD), ("triton", FORWARD)]
+    code, _ = run_command(monkeypatch, [gpu_case()], "--device=cuda", "--quick", f"--json={file}", *chosen)
+    kept = [(result.backend, result.mode) for result in record.load(file).results]
+    assert code == 0 and kept == [("cuda", FORWARD), ("cuda", TRAINING), ("triton", FORWARD)]
+    code, output = run_command(monkeypatch, [gpu_case()], "--device=cuda", "--kernel=scale:cuda:backward")
+    assert code == 2 and "no case of these operators runs on these kernels alone" in output
+
+
+def test_another_case_is_checked_once(stub_gpu: list[str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is in the run itself; what was found there counts."""
+    checked: list[tuple[str, str, str]] = []
+    check = harness.check
+
+    def count(case: harness.Case, mode: str, device: str, backend: str) -> harness.Check:
+        checked.append((case.op, mode, backend))
+        return check(case, mode, device, backend)
+
+    monkeypatch.setattr(harness, "check", count)
+    small = gpu_case(op="scale", factor=2.0)
+    large = gpu_case(op="scale", size=16, beside={"small": small})
+    monkeypatch.setattr(backend, "reason_missing", lambda op, name, device: None)
+    measured = suite.Suite([small, large], harness.Settings(threads=1, quick=True, memory=False, device="cuda"))
+    assert suite.run(measured) == 1
+    assert len(checked) == len(measured.results) == 8
+    for result in measured.results[4:]:
+        assert result.case == "scale B16" and "small: y, T=4" in result.error
+    assert all("small" not in result.error for result in measured.results[:4])
+
+
+def test_wrong_values_of_the_other_case_are_not_timed(stub_gpu: list[str | None]) -> None:
+    case = gpu_case(backends=("cuda",), beside={"small": gpu_case(op="small", factor=2.0)})
+    measured = suite.Suite([case], harness.Settings(threads=1, quick=True, memory=False, device="cuda"))
+    assert suite.run(measured) == 1
+    assert all("small: y, T=4" in result.error and not result.seconds for result in measured.results)
+
+
+def test_peers_that_fail_or_differ_are_absent_on_a_gpu(stub_gpu: list[str | None]) -> None:
+    """With the reason; what is left is measured."""
+    case = gpu_case(backends=("cuda",))
+    case.builders[SLOW] = partial(on_any_device, SLOW, 2.0, 2.0, 1, torch.float32, 4)
+    case.builders["broken"] = lambda steps, device: fail(steps)
+    measured = suite.Suite([case], harness.Settings(threads=1, quick=True, memory=False, device="cuda"))
+    assert suite.run(measured) == 0
+    for result in measured.results:
+        assert set(result.ratios) == {FAST}
+        assert result.absent == {
+            SLOW: "it computes something else: y, T=4, is off by 3.3e-01",
+            "broken": "RuntimeError: no kernel today",
+        }
+
+
+def test_a_ruler_bounds_values_and_is_not_timed(plain_process: None) -> None:
+    """By 1.2 times its own error, in place of the first peer's."""
+    cases = [
+        make_case(3.0 * (1 + error), dtype=torch.bfloat16, modes=(FORWARD,), op=f"by {error}") for error in (0.1, 0.2)
+    ]
+    for case in cases:
+        case.builders[harness.RULER] = partial(build, harness.RULER, 3.3, 3.3, 1, torch.bfloat16, 4)
+    code, measured = measure(*cases)
+    assert code == 1
+    right, wrong = measured.results
+    assert right.error is None and set(right.ratios) == {FAST, SLOW}
+    assert wrong.error is not None and wrong.check["bound"] == pytest.approx(1.2 * right.check["error"])
+
+
+def test_urgent_cases_are_measured_first(stub_gpu: list[str | None]) -> None:
+    cases = [gpu_case(size=1, priority=2), gpu_case(size=2), gpu_case(size=3, priority=0), gpu_case(size=4)]
+    assert [case.shape["B"] for case in command.on_device("cuda", cases)] == [3, 2, 4, 1]
+    assert command.on_device("cpu", cases) == cases
 
 
 @pytest.mark.parametrize("name", ["nn.LSTM B4 T64 D32", "nn.RNN B16 T256 D256", "gru B16 T256 H4 D64"])

@@ -2,8 +2,10 @@
 
 import inspect
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import cases
@@ -432,6 +434,22 @@ def test_autocast_casts_no_scan(op: str, dtype: torch.dtype) -> None:
         cases.assert_same_bits(cases.evaluate(case.operator, inputs, cotangents), expected)
 
 
+@pytest.mark.parametrize("op", rnn.OPERATORS)
+def test_autocast_around_the_backward(op: str) -> None:
+    """A forward in float32 has its gradients in float32, wherever the backward is called."""
+    case = example(op)
+    inputs = case.inputs()
+    leaves = cases.differentiable(inputs)
+    outputs = case.operator(**inputs)
+    cotangents = case.cotangents(outputs)
+    expected = torch.autograd.grad(outputs, [*leaves.values()], cotangents, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(outputs, [*leaves.values()], cotangents)
+        assert torch.is_autocast_enabled("cpu")
+    for name, a, b in zip(leaves, got, expected, strict=True):
+        assert cases.same_bits(a, b), name
+
+
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_autocast_leaves_float64_alone(op: str) -> None:
     case = example(op, dtype=torch.float64)
@@ -577,11 +595,7 @@ def test_forced_backend_that_cannot_serve_says_why(
     text = str(caught.value)
     assert text.startswith(f"seqops::{op}: backend '{name}' cannot serve this call: {reason}; backends that exist: ref")
     variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
-    if op in scan.OPERATORS:
-        assert variable in reason and text.endswith("backends that exist: reference, cpu, triton, cuda")
-    else:
-        assert variable in reason or (name == "triton" and reason == "no triton kernel in this release")
-        assert text.endswith("backends that exist: reference, cpu, cuda")
+    assert variable in reason and text.endswith("backends that exist: reference, cpu, triton, cuda")
 
 
 def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
@@ -610,6 +624,49 @@ def test_without_a_gpu_its_key_says_why(op: str) -> None:
     assert text.startswith(
         f"seqops::{op}: backend 'cpu' cannot serve this call: it does not take cuda tensors; backends"
     )
+
+
+WITHOUT_CUPY = """
+import importlib.util, sys, types, cases, torch, seqops
+from seqops.core import backend
+from test_contracts import on_cuda_key
+
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "cupy_backends" else found(name, *rest)
+torch.cuda.is_available = lambda: True
+if sys.argv[1] == "without":
+    backend._installed = lambda package: False
+
+class Module(types.ModuleType):
+    def __getattr__(self, name):
+        def serve(*args, **options):
+            raise LookupError(f"{self.__name__}.{name}")
+        return serve
+
+for room in ("rnn", "scan"):
+    sys.modules[f"seqops.{room}.triton"] = Module(f"seqops.{room}.triton")
+for op in cases.OPERATORS:
+    try:
+        on_cuda_key(op, cases.example(op).inputs())
+    except (LookupError, RuntimeError) as error:
+        print(op, error, sep=" -> ")
+"""
+
+
+@pytest.mark.parametrize("triton", ["with", "without"])
+def test_without_cupy(triton: str, run_python: Callable[..., str]) -> None:
+    """Triton serves CUDA tensors, where it has kernels; else the error says what to install."""
+    output = run_python(WITHOUT_CUPY, triton, PYTHONPATH=os.path.dirname(__file__))
+    said = dict(line.split(" -> ", 1) for line in output.splitlines())
+    assert set(said) == set(cases.OPERATORS)
+    has_triton = {op for op, _, name in backends.kernels() if name == "triton"}
+    for op, text in said.items():
+        if triton == "with" and op in has_triton and find_spec("triton") is not None:
+            assert text == f"seqops.{'scan' if op in scan.OPERATORS else 'rnn'}.triton.{op}"
+            continue
+        assert text.startswith(f"seqops::{op}: no kernel for cuda tensors (cuda: CuPy is not installed (pip install ")
+        assert op not in has_triton or "triton: Triton is not installed (pip install triton)" in text
+        assert "backends that exist: reference, cpu" in text
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)

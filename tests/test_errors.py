@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqops
+from seqops.rnn.op import check_for_gpu
 
 
 def of(*shape: int, dtype: torch.dtype = torch.float32, device: str | None = None) -> Callable[[str], torch.Tensor]:
@@ -497,6 +498,154 @@ def test_backward_operators_refuse(op: str, change: dict[str, Any], text: str, d
     with pytest.raises(ValueError) as caught:
         getattr(torch.ops.seqops, op)(*values, **named)
     assert str(caught.value) == f"{op}: {text}"
+
+
+PLANES = {"lstm": 4, "gru": 3, "slstm": 7}
+
+
+def of_rnn_backward(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | None]:
+    """Good arguments of a recurrent operator's backward, B = 2, T = 5, H = 3, D = 4."""
+    schema = getattr(torch.ops.seqops, f"{op}_backward").default._schema.arguments
+    shapes = {"r": (rnn.GATES[op], 3, 4, 4)} | dict.fromkeys(("dh", "c", "y", "h"), (2, 5, 3, 4))
+    shapes |= dict.fromkeys(("p", "cache"), (2, 5, PLANES.get(op), 3, 4))
+    return {a.name: torch.zeros(shapes.get(a.name, (2, 3, 4)), dtype=dtype) for a in schema if not a.kwarg_only}
+
+
+STATE_SHAPE = "expected [B, H, D] = [2, 3, 4], got"
+RNN_BACKWARD_MISTAKES = [
+    ("lstm", {"p": torch.zeros(2, 5, 3, 4)}, "lstm_backward: p: expected 5 dimensions, got shape [2, 5, 3, 4]"),
+    ("elman", {"h": torch.zeros(2, 3, 4)}, "elman_backward: h: expected 4 dimensions, got shape [2, 3, 4]"),
+    (
+        "slstm",
+        {"cache": torch.zeros(2, 5, 7, 3, 4).long()},
+        "slstm_backward: cache: expected float32, float64, bfloat16 or float16, got int64",
+    ),
+    (
+        "gru",
+        {"p": torch.zeros(2, 5, 4, 3, 4)},
+        "gru_backward: p: expected [B, T, G, H, D] = [2, 5, 3, 3, 4], got [2, 5, 4, 3, 4]",
+    ),
+    # Nothing there: no heads, or heads without units.
+    *(
+        (
+            op,
+            {name: torch.zeros(*shape, H, D)},
+            f"{op}_backward: {name}: expected at least 1 head and 1 unit, got shape {[*shape, H, D]}",
+        )
+        for op, name, shape in (
+            ("lstm", "p", (2, 5, 4)),
+            ("gru", "p", (2, 5, 3)),
+            ("slstm", "cache", (2, 5, 7)),
+            ("elman", "h", (2, 5)),
+        )
+        for H, D in ((0, 4), (3, 0))
+    ),
+    ("gru", {"r": torch.zeros(3, 4, 4)}, "gru_backward: r: expected [G, H, D, D] = [3, 3, 4, 4], got [3, 4, 4]"),
+    ("lstm", {"r": torch.zeros(4, 3, 4, 4).double()}, "lstm_backward: r: expected float32, got float64"),
+    (
+        "lstm",
+        {"dh": torch.zeros(2, 5, 3)},
+        "lstm_backward: dh: expected [B, T, H, D] = [2, 5, 3, 4], got [2, 5, 3]",
+    ),
+    ("elman", {"dh": torch.zeros(2, 5, 3, 4).bfloat16()}, "elman_backward: dh: expected float32, got bfloat16"),
+    (
+        "lstm",
+        {"c": torch.zeros(5, 2, 3, 4)},
+        "lstm_backward: c: expected [B, T, H, D] = [2, 5, 3, 4], got [5, 2, 3, 4]",
+    ),
+    ("gru", {"y": torch.zeros(2, 5, 3, 4).double()}, "gru_backward: y: expected float32, got float64"),
+    ("gru", {"h": torch.zeros(2)}, "gru_backward: h: expected [B, T, H, D] = [2, 5, 3, 4], got [2]"),
+    *(
+        (op, {f"d{name[0]}_n": torch.zeros(2, 3)}, f"{op}_backward: gradient of a final state: {STATE_SHAPE} [2, 3]")
+        for op, names in rnn.STATES.items()
+        for name in names
+    ),
+    *(
+        (op, {name: torch.zeros(3, 2, 4)}, f"{op}_backward: initial state: {STATE_SHAPE} [3, 2, 4]")
+        for op, name in (("lstm", "c0"), ("gru", "h0"), ("slstm", "c0"), ("slstm", "n0"))
+    ),
+    *(
+        ("slstm", {name: torch.zeros(2, 3, 4).double()}, "slstm_backward: final state: expected float32, got float64")
+        for name in ("c_n", "n_n")
+    ),
+    ("lstm", {"lengths": torch.tensor([1])}, "lstm: lengths: expected [B] = [2], got [1]"),
+    ("gru", {"lengths": torch.zeros(2)}, "gru: lengths: expected int32 or int64, got float32"),
+    ("slstm", {"grad_clip": -1.0}, "slstm: grad_clip: expected a number >= 0, got -1"),
+    ("elman", {"nonlinearity": "gelu"}, "elman: nonlinearity: expected 'tanh' or 'relu', got 'gelu'"),
+    # Of several mistakes the same one is told.
+    (
+        "elman",
+        {"nonlinearity": "gelu", "grad_clip": -1.0, "h": torch.zeros(1)},
+        "elman: nonlinearity: expected 'tanh' or 'relu', got 'gelu'",
+    ),
+    ("gru", {"grad_clip": -1.0, "p": torch.zeros(1)}, "gru: grad_clip: expected a number >= 0, got -1"),
+    (
+        "lstm",
+        {"dh": torch.zeros(1), "dh_n": torch.zeros(1), "r": torch.zeros(1)},
+        "lstm_backward: r: expected [G, H, D, D] = [4, 3, 4, 4], got [1]",
+    ),
+    (
+        "lstm",
+        {"dc_n": torch.zeros(2), "c": torch.zeros(1), "lengths": torch.zeros(1)},
+        "lstm_backward: c: expected [B, T, H, D] = [2, 5, 3, 4], got [1]",
+    ),
+    (
+        "slstm",
+        {"c_n": torch.zeros(1), "c0": torch.zeros(2), "dm_n": torch.zeros(3), "lengths": torch.zeros(1)},
+        f"slstm_backward: gradient of a final state: {STATE_SHAPE} [3]",
+    ),
+    (
+        "slstm",
+        {"c_n": torch.zeros(1), "n0": torch.zeros(2), "lengths": torch.zeros(1)},
+        f"slstm_backward: initial state: {STATE_SHAPE} [2]",
+    ),
+]
+
+
+@pytest.mark.parametrize("path", ["cpu", "meta", "cuda"])
+@pytest.mark.parametrize(("op", "change", "text"), RNN_BACKWARD_MISTAKES)
+def test_rnn_backward_operators_refuse(
+    op: str, change: dict[str, Any], text: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same words from C++, from a backend in Python, and without values."""
+    device = "meta" if path == "meta" else "cpu"
+    given = {name: t.to(device) if torch.is_tensor(t) else t for name, t in (of_rnn_backward(op) | change).items()}
+    positional = [given.pop(name) for name in of_rnn_backward(op)]
+    monkeypatch.setenv("SEQOPS_SIMULATE", "1")
+    with seqops.backend("cuda" if path == "cuda" else "cpu"), pytest.raises(ValueError) as caught:
+        getattr(torch.ops.seqops, f"{op}_backward")(*positional, **given)
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("op", rnn.OPERATORS)
+def test_sizes_that_gpu_kernels_do_not_count(op: str) -> None:
+    """Refused before anything is computed, by a check of their own: the CPU kernels know no such limit."""
+    G, most = rnn.GATES[op], 2**31 - 1
+    for B, T, H, D, text in (
+        (1, 2**31, 1, 1, "fewer than 2^31 steps on a GPU"),
+        (1, 2**33, 2, 1, "fewer than 2^31 steps on a GPU"),
+        (2**31, 1, 1, 1, "B H D below 2^31 on a GPU"),
+        (2**16, 1, 2**10, 2**5, "B H D below 2^31 on a GPU"),
+        (1, most, 1, 1, None),
+        (most, 1, 1, 1, None),
+    ):
+        wx, r = torch.empty(B, T, G, H, D, device="meta"), torch.empty(G, H, D, D, device="meta")
+        saved = torch.empty(B, T, *((PLANES[op],) if op in PLANES else ()), H, D, device="meta")
+        sequence, state = torch.empty(B, T, H, D, device="meta"), torch.empty(B, H, D, device="meta")
+        values = {"r": r, "p": saved, "cache": saved, "h": sequence, "c": sequence, "y": sequence}
+        values |= {"c_n": state, "n_n": state}
+        name = next(each for each in ("p", "cache", "h") if each in of_rnn_backward(op))
+        calls = (
+            ((False, wx, r), f"{op}: wx", [*wx.shape]),
+            ((True, *map(values.get, of_rnn_backward(op))), f"{op}_backward: {name}", [*values[name].shape]),
+        )
+        for arguments, where, shape in calls:
+            if text is None:
+                check_for_gpu(op, *arguments)
+                continue
+            with pytest.raises(ValueError) as caught:
+                check_for_gpu(op, *arguments)
+            assert str(caught.value) == f"{where}: expected {text}, got shape {shape}"
 
 
 def test_unknown_backend() -> None:

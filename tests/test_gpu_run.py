@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, hardware, harness, lines, watch
+from bench import cold, gpu, hardware, harness, lines, watch
 from bench import tuned as tuned_file
-from seqops.core import backend
+from seqops.core import backend, launch
+from seqops.tune import device
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = {"name": "NVIDIA Stub 9", "compute_capability": "9.0", "memory_gib": 80.0}
@@ -151,7 +152,8 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(run: gpu.Run) -> None:
 
 
 def test_missing_packages_leave_out_what_needs_them(run: gpu.Run) -> None:
-    run.record["missing"] = {"pytest": "all tests", "rich": "the benchmark, tuning", "ninja": "the build"}
+    missing = {"pytest": "all tests", "rich": "the benchmark, tuning", "ninja": "the build", "cupy": "backend cuda"}
+    run.record["missing"] = missing
     stages = [stage for stage in gpu.stages() if stage.name != "info"]
     run.go([gpu.Stage(stage.name, stage.run, stage.limit) for stage in stages])
     assert set(outcomes(run).values()) == {"not run"}
@@ -159,7 +161,8 @@ def test_missing_packages_leave_out_what_needs_them(run: gpu.Run) -> None:
     assert texts["build"] == "not installed: ninja"
     assert texts["tests"] == texts["memcheck"] == "not installed: pytest"
     assert texts["bench"] == "not installed: rich, pytest"
-    assert texts["tune"] == "not installed: rich"
+    assert texts["tune"] == "not installed: cupy, rich"
+    assert texts["exchange"] == texts["cold"] == "not installed: cupy"
 
 
 def test_wheels_of_pure_python_are_used(tmp_path: Path) -> None:
@@ -369,10 +372,47 @@ def test_tests_that_are_cut_off_keep_what_ran(
 
 def test_failures_of_the_last_run_come_first(project: Callable[[str], gpu.Run]) -> None:
     run = project(TESTS)
-    run.previous = {"tests": {"failures": [{"test": "tests/test_scan.py::test_skipped", "message": ""}]}}
+    found = {"failures": [{"test": "tests/test_scan.py::test_skipped", "message": ""}]}
+    run.previous = {"tests": found, "date": "2030-01-02", "commit": COMMIT}
     run.go([TEST_STAGE])
     begun = [line["begin"] for line in lines.read(run.work / "tests-1.jsonl") if "begin" in line]
     assert [test.rpartition("::")[2] for test in begun][:2] == ["test_skipped", "test_forward"]
+
+
+TURNS = """
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("case", [f"{op}-B{size}-{backend}" for op in ("a", "b") for size in (1, 2)
+                                  for backend in ("triton", "cuda")])
+def test_scan(case):
+    pass
+
+@pytest.mark.parametrize("case", ["a-B1", "a-B2", "a-B3"])
+def test_other(case):
+    pass
+"""
+
+
+def test_kinds_of_tests_take_turns(project: Callable[[str], gpu.Run]) -> None:
+    """Of each function, operator and backend one, CUDA first; then a second one of each."""
+    run = project(TURNS)
+    assert run.go([TEST_STAGE])
+    begun = [line["begin"] for line in lines.read(run.work / "tests-1.jsonl") if "begin" in line]
+    assert [test.rpartition("test_")[2] for test in begun] == [
+        *("scan[a-B1-cuda]", "scan[b-B1-cuda]", "other[a-B1]", "scan[a-B1-triton]", "scan[b-B1-triton]"),
+        *("scan[a-B2-cuda]", "scan[b-B2-cuda]", "other[a-B2]", "scan[a-B2-triton]", "scan[b-B2-triton]"),
+        "other[a-B3]",
+    ]
+
+
+@pytest.mark.parametrize(("processors", "expected"), [(2, 2), (16, 12), (None, 1)])
+def test_processes_follow_the_processors(
+    processors: int | None, expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: processors)
+    assert gpu.Run(tmp_path, tmp_path, 1).processes == expected
 
 
 def test_properties_of_primitives_are_shown(project: Callable[[str], gpu.Run]) -> None:
@@ -470,7 +510,7 @@ def watch_lines(**tests: str) -> list[dict[str, Any]]:
 def benched(run: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Runs the stages that follow from these outcomes, and a benchmark that gives these results."""
 
-    def go(results: list[dict[str, Any]], run: gpu.Run = run, **tests: str) -> list[str]:
+    def go(results: list[dict[str, Any]], run: gpu.Run = run, complete: bool = True, **tests: str) -> list[str]:
         run.kernels = [make_kernel(step=step) for step in hardware.PASSES]
         for kernel in run.kernels:
             if not (run.root / kernel.sources[0]).exists():
@@ -485,7 +525,7 @@ def benched(run: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
             return gpu.Done(0, "")
 
         def watched(run: gpu.Run, seconds: float) -> str:
-            run.lines, run.complete = watch_lines(**tests), True
+            run.lines, run.complete = watch_lines(**tests), complete
             return ""
 
         monkeypatch.setattr(run, "execute", execute)
@@ -498,7 +538,8 @@ def benched(run: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
 def test_speeds_go_to_the_kernel_that_they_are_of(benched: Callable[..., list[str]], run: gpu.Run) -> None:
     results = [make_result(mode) for mode in ("forward", "backward", "forward+backward")]
     (command,) = benched(results, f1="passed", b1="passed", b2="skipped")
-    assert command.endswith("--op scan") and "--device cuda" in command
+    assert "--op scan --kernel scan:cuda:backward --kernel scan:cuda:forward" in command
+    assert "--device cuda" in command
     speed = {"case": "scan B4", "seconds": 1e-3, "copy": 0.875, "ratios": {"peer": 2.5}}
     assert entry_of(run)["speeds"] == entry_of(run)["last_passed"]["speeds"] == [speed]
     assert entry_of(run, step="backward")["speeds"] == [speed]
@@ -506,11 +547,42 @@ def test_speeds_go_to_the_kernel_that_they_are_of(benched: Callable[..., list[st
 
 def test_failed_tests_leave_no_speed(benched: Callable[..., list[str]], run: gpu.Run) -> None:
     results = [make_result(mode) for mode in ("forward", "backward", "forward+backward")]
-    benched(results, f1="passed", b1="failed", b2="passed")
+    (command,) = benched(results, f1="passed", b1="failed", b2="passed")
+    assert command.endswith("--kernel scan:cuda:forward")  # the other one is not even timed
     assert entry_of(run)["speeds"] and not entry_of(run, step="backward")["speeds"]
     assert entry_of(run, step="backward")["last_passed"] is None
     # The benchmark's own record holds neither.
     assert [result["mode"] for result in saved(run)["bench"]["results"]] == ["forward"]
+
+
+def test_steps_are_the_speed_of_recurrent_kernels(benched: Callable[..., list[str]], run: gpu.Run) -> None:
+    """Forward by itself, backward as both passes; a share of the copy rate would say nothing."""
+    results = [{**make_result(mode), "steps": 1000} for mode in ("forward", "forward+backward", "inference")]
+    benched(results, f1="passed", b1="passed")
+    (forward,), (both,) = entry_of(run)["speeds"], entry_of(run, step="backward")["speeds"]
+    assert (forward["step"], forward["both"], both["step"], both["both"]) == (1e-6, False, 1e-6, True)
+    assert hardware.describe_speed([forward]) == ("1.00 µs a step", "2.50x peer")
+    assert hardware.describe_speed([both, {**both, "step": 2e-6}])[0] == "1.00 to 2.00 µs a step, both passes"
+    assert hardware.describe_speed([forward, {"copy": 0.9, "ratios": {}}])[0] == "90%, 1.00 µs a step"
+
+
+def test_operators_may_be_named(benched: Callable[..., list[str]], run: gpu.Run, tmp_path: Path) -> None:
+    run.operators = ["scan", "other"]
+    (command,) = benched([make_result()], f1="passed")
+    assert command.endswith("--op scan --kernel scan:cuda:forward")
+    later = gpu.Run(run.output, tmp_path / "work", budget=60, root=tmp_path, commit=COMMIT, operators=["other"])
+    later.begin(GPU, {})
+    assert benched([make_result()], later, f1="passed") == []
+    assert saved(later)["stages"][1]["text"] == "no kernel of other has passed its tests"
+
+
+def test_named_stages_may_take_all_of_the_time() -> None:
+    everything = gpu.choose(None)
+    assert [stage.name for stage in everything if stage.name in ("exchange", "tests", "bench", "cold")] == [
+        *("exchange", "tests", "bench", "cold")
+    ]
+    info, bench = gpu.choose(["bench"])
+    assert (info.name, info.limit) == ("info", 60) and (bench.name, bench.limit) == ("bench", float("inf"))
 
 
 def test_nothing_is_measured_where_nothing_passed(benched: Callable[..., list[str]], run: gpu.Run) -> None:
@@ -535,6 +607,27 @@ def test_what_passed_before_may_be_measured_later(
     assert benched([make_result()], last) == [] and outcomes(last)["bench"] == "not run"
 
 
+def test_tests_that_were_cut_off_are_built_on(benched: Callable[..., list[str]], run: gpu.Run, tmp_path: Path) -> None:
+    """What passed until then is measured in that run and in later ones, with the same sources; not what failed."""
+    both = [make_result(mode) for mode in ("forward", "backward")]
+    benched(both, complete=False, f1="passed", b1="failed")
+    assert (entry_of(run)["status"], entry_of(run)["last_passed"]) == ("cut off", None)
+    assert len(entry_of(run)["speeds"]) == 1 and not entry_of(run, step="backward")["speeds"]
+    later = gpu.Run(run.output, tmp_path / "work", budget=60, root=tmp_path, commit=COMMIT)
+    later.begin(GPU, {})
+    (command,) = benched([{**make_result(), "copy_fraction": {"seqops": 0.5}}], later)
+    assert command.endswith("--op scan --kernel scan:cuda:forward")
+    assert entry_of(later)["speeds"][0]["copy"] == 0.5 and entry_of(later)["last_passed"] is None
+    row, _ = rows(hardware.render(later.kernels, [], [saved(later)], tmp_path))
+    when = entry_of(run)["date"][:10]
+    note = f"**cut off** on {when} at 0123456789: 1 tests passed, others did not run"
+    assert row[4:] == ["never", "", "50%", "2.50x peer", note]
+    (tmp_path / "scan.cu").write_text("changed")
+    last = gpu.Run(run.output, tmp_path / "work", budget=60, root=tmp_path, commit=COMMIT)
+    last.begin(GPU, {})
+    assert benched([make_result()], last) == [] and outcomes(last)["bench"] == "not run"
+
+
 def test_wrong_values_in_the_benchmark_fail_it(benched: Callable[..., list[str]], run: gpu.Run) -> None:
     benched([make_result(error="wrong")], f1="passed")
     assert outcomes(run)["bench"] == "failed"
@@ -545,6 +638,202 @@ def test_the_modes_are_those_of_the_benchmark() -> None:
     assert set(hardware.MODES) == set(harness.MODES)
     assert set(hardware.SHOWN_MODES) <= set(harness.MODES)
     assert set(hardware.BACKENDS) == set(harness.BACKENDS[harness.CUDA])
+
+
+# --- exchange between blocks, and first calls ------------------------------------------------------------------------
+
+
+def make_exchange(error: str | None = None) -> dict[str, Any]:
+    way = {"way": "L2, packets", "kind": "grid", "blocks": 8, "threads": 256, "bytes": 768}
+    failed = {**way, "blocks": 16, "microseconds": None, "error": error}
+    rounds = [{**way, "microseconds": 1.234, "error": None}, *([failed] if error else [])]
+    return {"facts": {"l2_hop_us": 0.612, "bandwidth": 4e6}, "rounds": rounds}
+
+
+def make_cold(compiled: int = 0) -> dict[str, Any]:
+    def step(seconds: float, compiled: int = 0) -> dict[str, Any]:
+        return {"forward": seconds, "backward": 0.01, "compiled": compiled}
+
+    empty = {"first": step(6.0, 2), "again": step(0.001), "rows": step(0.001, compiled), "steps": step(0.001)}
+    warm = {"first": step(0.02), "again": step(0.001), "rows": step(0.001), "steps": step(0.001)}
+    row = {"op": "lstm", "H": 12, "D": 64, "dtype": "bfloat16", "B": 16, "T": 1024, "empty": empty, "warm": warm}
+    return {"once": {"empty": 2.5, "warm": 0.9}, "rows": [row]}
+
+
+@pytest.fixture
+def answered(run: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Runs one stage, whose process writes this document and prints this text."""
+
+    def go(stage: gpu.Stage, document: dict[str, Any] | None, text: str = "", code: int | None = 0) -> list[str]:
+        commands: list[str] = []
+
+        def execute(command: list[str], log: str, seconds: float) -> gpu.Done:
+            commands.append(" ".join(command[1:]))
+            if document is not None:
+                Path(command[command.index("--json") + 1]).write_text(json.dumps(document))
+            return gpu.Done(code, text)
+
+        monkeypatch.setattr(run, "execute", execute)
+        run.go([stage])
+        return commands
+
+    return go
+
+
+def test_exchange_is_kept(answered: Callable[..., list[str]], run: gpu.Run) -> None:
+    stage = gpu.Stage("exchange", gpu.exchange, 60)
+    (command,) = answered(stage, make_exchange())
+    assert command.startswith("-m bench.exchange --json ")
+    assert saved(run)["exchange"] == make_exchange() and saved(run)["stages"][0]["text"] == "2 facts, 1 ways"
+    answered(stage, make_exchange("RuntimeError: not granted"), code=1)
+    assert saved(run)["stages"][1]["status"] == "failed" and saved(run)["exchange"]["rounds"][1]["error"]
+    lines = saved(run)["stages"][1]["text"].splitlines()
+    assert lines == ["2 facts, 1 ways, 1 failed", "L2, packets, 16 blocks: RuntimeError: not granted"]
+    answered(stage, None, "no driver", code=1)
+    answered(stage, None, code=None)
+    assert [each["status"] for each in saved(run)["stages"][2:]] == ["failed", "cut off"]
+
+
+def test_first_calls_are_those_of_sound_kernels(answered: Callable[..., list[str]], run: gpu.Run) -> None:
+    stage = gpu.Stage("cold", gpu.cold, 60)
+    assert answered(stage, make_cold()) == [] and saved(run)["stages"][0]["status"] == "not run"
+    run.kernels = [make_kernel("lstm", step=step) for step in hardware.PASSES] + [make_kernel("gru"), make_kernel()]
+    run.record["kernels"] = [
+        {"operator": op, "backend": "cuda", "pass": step, "status": "passed", "current": True}
+        for op in ("lstm", "gru", "scan")
+        for step in hardware.PASSES
+    ]
+    for kernel in run.kernels:
+        (run.root / kernel.sources[0]).write_text("kernel")
+    kernels, run.kernels = run.kernels, []  # entries as short as these are not written anew
+    partial = make_cold()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(hardware, "find_sound", lambda *given: {kernel.key for kernel in kernels})
+        (command,) = answered(stage, make_cold())
+        # Of the GRU only the forward is sound, and scans have no cells there.
+        assert command.endswith("--op lstm") and saved(run)["cold"] == make_cold()
+        del partial["rows"][0]["warm"]
+        answered(stage, partial, code=None)
+        answered(stage, partial, "RuntimeError: values that are not finite", code=1)
+        answered(stage, None, code=None)
+    assert saved(run)["cold"] == partial
+    missed = "missed: lstm bfloat16 B16 T1024 H12 D64, empty cache: 6.01 s for 5 s"
+    complete, cut, failed, nothing = saved(run)["stages"][1:]
+    whole = "cells: 1 with an empty cache, 1 with a warm cache; 1 goals missed"
+    assert (complete["status"], complete["text"]) == ("passed", f"{whole}\n{missed}")
+    some = whole.replace("1 with a warm", "0 with a warm")
+    assert (cut["status"], cut["text"]) == ("cut off", f"after {some}\n{missed}")
+    assert failed["status"] == "failed" and failed["text"].startswith(some) and "not finite" in failed["text"]
+    assert (nothing["status"], nothing["text"]) == ("cut off", "before the first cell")
+
+
+def test_missed_goals_of_first_calls() -> None:
+    assert cold.find_misses(make_cold()) == ["lstm bfloat16 B16 T1024 H12 D64, empty cache: 6.01 s for 5 s"]
+    assert "another batch compiles 3" in cold.find_misses(make_cold(3))[1]
+    wrong = make_cold()
+    wrong["rows"][0]["warm"]["first"]["compiled"] = 1
+    assert "the first step with a warm cache compiles 1" in cold.find_misses(wrong)[1]
+
+
+@pytest.mark.slow
+def test_first_calls_in_the_simulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once, found in the cache by the next process; another batch or length compiles nothing."""
+    if reason := launch._reason_without_compiler():
+        pytest.skip(reason)
+    monkeypatch.setenv("SEQOPS_SIMULATE", "1")
+    monkeypatch.setattr(cold, "WARM_UP", ("elman", 1, 4, "bfloat16"))
+    document = cold.measure([("gru", 2, 4, "bfloat16"), ("gru", 1, 8, "bfloat16")], batch=16, steps=8, device="cpu")
+    for row in document["rows"]:
+        assert row["empty"]["first"]["compiled"] == 2 and row["warm"]["first"]["compiled"] == 0
+        for later in ("again", "rows", "steps"):
+            assert row["empty"][later]["compiled"] == row["warm"][later]["compiled"] == 0
+    assert document["once"]["empty"] > document["once"]["warm"] > 0
+    assert "gru bfloat16 B16 T8 H2 D4: empty cache: forward " in cold.describe(document)
+
+
+def test_a_process_that_fails_or_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEQOPS_SIMULATE", raising=False)
+    with pytest.raises(RuntimeError, match=r"^RuntimeError: seqops::elman: backend 'cuda' cannot serve this call"):
+        list(cold.in_process([("gru", 1, 4, "float32")], 2, 2, "cpu", tmp_path, 60))
+    with pytest.raises(TimeoutError, match="no end within 0 s"):
+        list(cold.in_process([("gru", 1, 4, "float32")], 2, 2, "cpu", tmp_path, 0.01))
+
+
+# In place of bench.cold in a process: one cell is done, then a compiler of its own hangs, which holds all pipes.
+HANGING = """
+import subprocess
+
+MARKER = {marker!r}
+
+def go_through(cells, batch, steps, device):
+    yield 1.5
+    yield {cell!r}
+    process = subprocess.Popen(["sleep", "60"])
+    open("compiler", "w").write(str(process.pid))
+    process.wait()
+"""
+
+
+@pytest.fixture
+def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which the compiler's process number will be."""
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("")
+    cell = make_cold()["rows"][0]["empty"]
+    (tmp_path / "bench" / "cold.py").write_text(HANGING.format(marker=cold.MARKER, cell=cell))
+    monkeypatch.setattr(cold, "ROOT", tmp_path)
+    return tmp_path / "compiler"
+
+
+def has_ended(process: int) -> bool:
+    """Whoever adopted it may take a moment to notice."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().split()[2] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_first_calls_that_are_cut_off_keep_what_was_measured(
+    hanging: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line and the file after each cell; what the process started ends with it."""
+    file, cell = tmp_path / "cold.json", make_cold()["rows"][0]["empty"]
+    started = time.monotonic()
+    assert cold.main(["--json", str(file), "--op", "lstm", "--seconds", "3"]) == 1
+    assert time.monotonic() - started < 30 and has_ended(int(hanging.read_text()))
+    document = json.loads(file.read_text())
+    assert document["once"] == {"empty": 1.5}
+    assert document["rows"][0]["empty"] == cell and "warm" not in document["rows"][0]
+    assert not any("empty" in row for row in document["rows"][1:]) and len(document["rows"]) > 1
+    line = "lstm bfloat16 B16 T1024 H12 D64, empty cache: forward 6.000 s, backward 0.010 s, 2 compiled"
+    printed = capsys.readouterr().out
+    assert line in printed.splitlines() and "warm cache: cut off" in printed
+    assert printed.endswith("then: no end within 3 s\n")
+    page = hardware.render([], [], [make_file() | {"cold": document}])
+    assert "| lstm bfloat16 B16 T1024 H12 D64 | **6.01** | cut off | 2, 0, 0, 0 |" in page
+    assert "| lstm bfloat16 B16 T1024 H6 D128 | cut off | cut off |  |" in page
+
+
+def test_what_measures_first_calls_ends_with_the_one_that_started_it(hanging: Path, tmp_path: Path) -> None:
+    """Even where that one is killed and can do nothing about it."""
+    code = (
+        "import pathlib, sys; from bench import cold; cold.ROOT = pathlib.Path(sys.argv[1])\n"
+        "list(cold.in_process([], 1, 1, 'cpu', cold.ROOT, 60))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    try:
+        for _ in range(200):
+            if hanging.exists() and hanging.read_text():
+                break
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    assert has_ended(int(hanging.read_text()))
 
 
 # --- tuning ----------------------------------------------------------------------------------------------------------
@@ -581,7 +870,7 @@ def tuned(run: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[l
 
 def test_tuning_is_kept_so_that_it_can_be_shipped(tuned: Callable[..., list[list[str]]], run: gpu.Run) -> None:
     commands = tuned({"probe": {"grid_barrier_us": 1.3}}, make_tuned())
-    assert [command[4] for command in commands[:2]] == ["--probe", "linear_scan"]
+    assert [command[4] for command in commands[:4]] == ["--probe", "lstm", "lstm", "linear_scan"]
     assert all(command[:4] == [run.python, "-m", "seqops", "tune"] for command in commands)
     assert "--top" not in commands[0] and commands[1][commands[1].index("--top") + 1] == "4"
     record = saved(run)["tune"]
@@ -615,14 +904,17 @@ def test_tuning_that_is_cut_off_keeps_what_it_has(tuned: Callable[..., list[list
 
 def test_what_is_tuned_is_what_is_measured() -> None:
     """Every shape is one of the benchmark's on a GPU, and every word is one that `seqops tune` takes."""
-    from bench.scan import GPU_CASES
+    from bench import rnn, scan
     from seqops.tune import cli
     from seqops.tune.target import targets
 
     letters = {"batch": "B", "time": "T", "channels": "C", "heads": "H", "dim": "D"}
-    measured = [{**case.shape, "op": case.op, "dtype": str(case.dtype).removeprefix("torch.")} for case in GPU_CASES]
+    measured = [
+        {"H": 1, **case.shape, "op": case.op, "dtype": str(case.dtype).removeprefix("torch.")}
+        for case in (*scan.GPU_CASES, *rnn.GPU_CASES)
+    ]
     for case in list(measured):  # channels in heads are channels all the same
-        if case["op"] == "linear_scan" and "H" in case:
+        if case["op"] == "linear_scan" and "D" in case:
             measured.append({**case, "C": case["H"] * case["D"]})
     for words in tuned_file.SHAPES:
         op, *rest = words.split()
@@ -653,6 +945,10 @@ def test_what_was_found_is_shipped_unless_kernels_changed(tmp_path: Path, capsys
     assert shipped.probe("NVIDIA Stub 9") == {"grid_barrier_us": 1.31}
     (listed,) = shipped.entries()
     assert listed.key == f"{first.tunable.name}|T<=8" and listed.origin == "shipped" and listed.entry.us == 1.5
+    kept = {"kept": {"tune": {"value": json.loads(file.read_text())["tune"]}}}
+    file.write_text(json.dumps(kept))
+    assert tuned_file.main([str(file), "--folder", str(tmp_path / "again")]) == 0
+    assert [path.name for path in (tmp_path / "again").iterdir()] == [path.name for path in folder.iterdir()]
     file.write_text("{}")
     assert tuned_file.main([str(file)]) == 1 and "nothing was tuned" in capsys.readouterr().err
 
@@ -702,6 +998,42 @@ def test_an_earlier_file_is_carried_on(tmp_path: Path, run: gpu.Run) -> None:
     later.begin(GPU, {})
     later.go([gpu.Stage("build", fail, 9)])
     assert saved(later)["kernels"] == [{**run.record["kernels"][0], "current": False}]
+
+
+def test_a_run_may_be_spread_over_several_commands(tmp_path: Path, run: gpu.Run) -> None:
+    """What a stage found stays until it is run again, under the date and commit that it is from."""
+    run.record |= {"exchange": make_exchange(), "cold": make_cold(), "date": "2030-01-01T00:00:00+00:00"}
+    run.record["bench"] = {"rates": {"gemm": 7.9e14, "copy": 4.3e12}, "results": [make_result()]}
+    run.save()
+    other, pages = {**COMMIT, "id": "f" * 40}, []
+    for day, found in ((2, {}), (3, {"cold": make_cold(3)})):
+        later = gpu.Run(run.output, tmp_path / "work", budget=60, root=tmp_path, commit=other)
+        later.begin(GPU, {})
+        later.record |= {"date": f"2030-01-0{day}T00:00:00+00:00", **found}
+        later.go([gpu.Stage("tests", succeed, 9)])
+        later.record["kernels"] = []
+        pages.append(hardware.render([], [], [{**saved(later), "gpu": GPU | {"name": "G"}}], tmp_path))
+    first, commit = "2030-01-01, commit 0123456789", "commit ffffffffff"
+    assert list(saved(later)["kept"]) == ["bench", "exchange"]
+    for page in pages:
+        assert f"G, {first}:" in page and f"Measured in an earlier run ({first}): bfloat16" in page
+        assert "| scan B4 | forward | cuda | 1.000 ms |" in page
+    assert f"G, {first}; once in a process" in pages[0] and f"2030-01-02, {commit}; compute" in pages[0]
+    assert f"G, 2030-01-03, {commit}; once in a process" in pages[1]
+
+
+def test_kept_results_are_no_speeds_of_another_run(tmp_path: Path, benched: Callable[..., list[str]]) -> None:
+    run = gpu.Run(tmp_path / "results", tmp_path / "work", budget=60, root=tmp_path, commit=COMMIT)
+    run.begin(GPU, {})
+    benched([make_result()], run, f1="passed")
+    (tmp_path / "scan.cu").write_text("changed")
+    later = gpu.Run(run.output, tmp_path / "work", budget=60, root=tmp_path, commit=COMMIT)
+    later.begin(GPU, {})
+    later.kernels, later.lines, later.complete = [make_kernel()], watch_lines(f1="passed"), True
+    later.save()
+    assert saved(later)["kept"]["bench"]["value"]["results"] == [make_result()]
+    assert entry_of(later)["status"] == "passed" and entry_of(later)["speeds"] == []
+    assert entry_of(later)["last_passed"]["speeds"] == []
 
 
 def test_a_damaged_file_does_not_stop_a_run(run: gpu.Run, capsys: pytest.CaptureFixture) -> None:
@@ -772,6 +1104,38 @@ def test_page_with_runs(tmp_path: Path) -> None:
     assert "could not be collected there: tests/test_a.py: No module named 'a'." in page
     (tmp_path / "scan.cu").write_text("two")
     assert rows(hardware.render([make_kernel()], [], files[:1], tmp_path))[0][-1] == "changed since: scan.cu"
+
+
+def test_page_without_measurements_says_so() -> None:
+    page = hardware.render([make_kernel()], [], [])
+    assert page.count(hardware.NEVER) == 2
+    assert page.index("## Exchange between blocks") < page.index("## First calls")
+
+
+def test_page_with_exchange_first_calls_and_results() -> None:
+    lacking = {"flashrnn": "the package flashrnn is not installed"}
+    ratios = {"peer": {"median": 2.0}, "B16 of ours": {"median": 0.5}}
+    result = {**make_result(), "steps": 1000, "step_floor": 0.8e-6, "time_goal": 0.8e-3, "absent": lacking}
+    result |= {"goals": {"peer": 1.5, "B16 of ours": 0.77}, "ratios": ratios}
+    file = make_file()
+    file["bench"]["results"] = [result, make_result("backward"), make_result(error="wrong")]
+    failed = make_exchange("RuntimeError: not granted")
+    page = hardware.render([make_kernel()], [], [{**file, "exchange": failed, "cold": make_cold(3)}, make_file()])
+    assert hardware.NEVER not in page
+    assert (
+        "| L2, packets | 8 of 256 | 768 | 1.23 |\n| L2, packets | 16 of 256 | 768 | RuntimeError: not granted |" in page
+    )
+    assert "| flag through L2, one way, µs | 0.612 |" in page and "bandwidth" not in page
+    once = "once in a process: 2.5 s with an empty cache, 0.9 s with a warm cache:"
+    assert f"NVIDIA Stub 9, 2030-01-05, commit 5555555555; {once}" in page
+    assert "| lstm bfloat16 B16 T1024 H12 D64 | **6.01** | 0.03 | **2, 0, 3, 0** |" in page
+    row = "| scan B4 | forward | cuda | 1.000 ms | **0.80 ms** | 1.00 µs (floor 0.80) | 2.00x peer (goal 1.5x), "
+    assert row + "**0.50x B16 of ours (goal 0.77x)** | flashrnn: the package flashrnn is not installed |" in page
+    assert "| scan B4 | backward | cuda | 1.000 ms |  |  | 2.50x peer |  |" in page and page.count("| scan B4 |") == 2
+
+
+def test_facts_on_the_page_are_those_of_the_tuner() -> None:
+    assert set(hardware.FACTS) <= set(device.measurable(device.find("h100")))
 
 
 def test_ranges_of_speeds() -> None:

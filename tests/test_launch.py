@@ -37,6 +37,11 @@ DEVICE = """
 inline float apply(float x, float offset) { return FACTOR * x + offset; }
 """
 CODES = "PPqf?"
+COUNT = r"""
+#include "common/gpu.h"
+KERNEL(count, 4)(int64_t* p, int64_t factor, int64_t first) { p[threadIdx.x] = first + factor * threadIdx.x; }
+EXPORT(count)
+"""
 CONSTANTS = {"THREADS": 64, "FACTOR": 3}
 
 needs_nvrtc = pytest.mark.skipif(importlib.util.find_spec("cupy_backends") is None, reason="needs CuPy")
@@ -49,6 +54,7 @@ def write_sources(folder: Path) -> Path:
     shutil.copytree(launch.SOURCES / "common", folder / "common")
     (folder / "room").mkdir()
     (folder / "room" / "scale.cu").write_text(SCALE)
+    (folder / "room" / "count.cu").write_text(COUNT)
     (folder / "room" / "device.h").write_text(DEVICE)
     return folder
 
@@ -364,6 +370,25 @@ def test_threads_do_not_share_arguments(simulate: launch.Kernel) -> None:
             torch.testing.assert_close(y, 3 * x + offset)
 
 
+@needs_compiler
+def test_prepared_launches(simulate: launch.Kernel) -> None:
+    """The last argument differs from launch to launch; two prepared launches of one kernel share nothing."""
+    kernel = launch.Kernel("room/count.cu", "count", "Pqq")
+    written = [torch.zeros(4, dtype=torch.int64) for _ in range(2)]
+    first, second = (kernel.prepare({}, 1, 4, (t, factor), like=t) for t, factor in zip(written, (1, 100), strict=True))
+    for value in (3, -2, 2**40):
+        first(value)
+        second(value + 1)
+        assert written[0].tolist() == [value + i for i in range(4)]
+        assert written[1].tolist() == [value + 1 + 100 * i for i in range(4)]
+    with pytest.raises(ValueError, match=r"^scale: argument codes: expected q at the end, got 'PPqf\?'$"):
+        simulate.prepare(CONSTANTS, 1, 64, (written[0],) * 2, like=written[0])
+    with pytest.raises(TypeError, match=r"^count: arguments 'Pqq': .* expected 3 items"):
+        kernel.prepare({}, 1, 4, (written[0],), like=written[0])
+    with pytest.raises(RuntimeError, match=r"^count: a grid of .*: CUDA allows 65535 blocks along y and z$"):
+        kernel.prepare({}, (1, 65536), 4, (written[0], 1), like=written[0])
+
+
 # ---- on a GPU: against a stub driver
 
 STUB = r"""
@@ -515,7 +540,9 @@ assert attributes()[2:] == [(14, 1)]
 
 # cooperative launches: 2048 threads a multiprocessor
 before = seen.launches
+State.contexts.clear()
 assert kernel.resident_blocks(constants, 64, x) == 132 * 32
+assert State.contexts  # a thread that has none may ask
 assert kernel.resident_blocks(constants, 64, x, cluster=16) == 132 * 32 // 16 * 16
 assert kernel.resident_blocks(constants, 1024, x, shared=200000) == 132
 kernel(constants, 132 * 32, 64, (x, y, 1, 0.5, False), like=x, cooperative=True)
@@ -524,6 +551,26 @@ assert raised(lambda: kernel(constants, (132, 33), 64, (x, y, 1, 0.5, False), li
     "scale: a cooperative grid of 4356 blocks, and cuda:0 holds 4224 at once")
 kernel(constants, 0, 64, (x, y, 1, 0.5, False), like=x, cooperative=True)
 assert (seen.cooperative, seen.launches) == (1, before + 1)
+
+# prepared: compiled and loaded at once, then launched with another last argument, on the stream that was current
+kernel = launch.Kernel("room/scale.cu", "scale", "PPqqq")
+State.capturing = True
+assert "call once before capturing" in raised(lambda: kernel.prepare(constants, 3, 64, (x, y, 7, 8), like=x))
+State.capturing = False
+loads, before = seen.loads, seen.launches
+start = kernel.prepare(constants, (3, 2), 64, (x, None, 7, 8), like=x, shared=65536)
+assert (seen.loads, seen.launches) == (loads + 1, before) and attributes()[-1] == (8, 65536)
+other = kernel.prepare(constants, 1, 64, (y, y, 9, 10), like=x)
+State.capturing = True
+for i in (1, 200):
+    start(i)
+    got = [struct.unpack_from(code, bytes(raw))[0] for code, raw in zip("PPqiB", seen.arguments)]
+    assert got == [0x7F0000000000, 0, 7, 8, i], got
+    assert (*seen.grid, *seen.block, seen.shared, seen.stream) == (3, 2, 1, 64, 1, 1, 65536, 0xABCD)
+    other(i + 1)
+    got = [struct.unpack_from(code, bytes(raw))[0] for code, raw in zip("PPqiB", seen.arguments)]
+    assert got == [0x7F0000001000, 0x7F0000001000, 9, 10, i + 1], got
+assert (seen.loads, seen.launches) == (loads + 1, before + 4)
 print("all seen")
 """
 

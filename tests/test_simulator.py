@@ -361,9 +361,9 @@ def test_copies(seeds: range) -> None:
     x = torch.randn(32, 4)
     present = torch.arange(4) < (torch.arange(32) % 5)[:, None]
     for seed in seeds:
-        y = nan(32, 11)
+        y = nan(32, 12)
         kernel(seed, x, y)
-        assert torch.equal(y, torch.cat((x, x[:, :2], x[:, :1], torch.where(present, x, 0)), 1))
+        assert torch.equal(y, torch.cat((x, x[:, :2], x[:, :1], torch.where(present, x, 0), x[:, 1:2]), 1))
 
 
 def test_products_of_other_layouts_and_formats() -> None:

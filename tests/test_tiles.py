@@ -25,6 +25,9 @@ PRESETS = list(devices.PRESETS)
 DEVICES = [*map(devices.find, PRESETS), replace(devices.find("rtx4090"), name="sm_120", arch=120)]
 # Registers. The widest gap is that of softmax_scan's backward march, which takes 83 with 128 threads and 116 with 64.
 CLOSE = 33
+# Of the recurrent cells: 21 in the mean. Where a thread holds little, the compiler takes between 80 and 200 for nearly
+# equal counts of everything, as it starts a step's loads one after the other or all at once; the widest gap is 88.
+CLOSE_OF_CELLS = 90
 
 TARGETS = [target for target in targets() if target.backend == "cuda"]
 
@@ -37,6 +40,11 @@ def name_of(key: choose.Key) -> str:
 def keys() -> Iterator[tuple[Target, choose.Key]]:
     for target in TARGETS:
         yield from ((target, key) for key in [*target.keys()])
+
+
+def threads_of(problem: Any, solution: Any) -> int:
+    """Of a block: chosen, or what follows."""
+    return int(solution["threads"] if "threads" in solution else problem.values(solution)["threads"])
 
 
 def compiled_parameters() -> Iterator[Any]:
@@ -64,8 +72,9 @@ def test_choice_compiles_as_predicted(target: Target, key: choose.Key, device: d
     report = target.compile(device, key, solution)
     assert report is not None
     assert not report.stack and not report.spills
-    assert predicted["registers"] - CLOSE <= report.registers <= predicted["registers"]
-    assert report.registers <= device.thread_registers(solution["threads"])
+    close = CLOSE_OF_CELLS if "exchange" in solution else CLOSE
+    assert predicted["registers"] - close <= report.registers <= predicted["registers"]
+    assert report.registers <= device.thread_registers(threads_of(problem, solution))
     assert report.shared == predicted["shared"] <= device.shared_per_block
 
 
@@ -79,8 +88,10 @@ def test_choice_is_resident(preset: str) -> None:
         assert solution is not None, problem.explain()
         assert problem.statistics.optimal and problem.statistics.nodes < 1000
         predicted = problem.values(solution)
-        resident = device.blocks_resident(solution["threads"], predicted["registers"], predicted["shared"])
-        assert resident >= solution.get("blocks", 1), key
+        threads = threads_of(problem, solution)
+        resident = device.blocks_resident(threads, predicted["registers"], predicted["shared"])
+        # A recurrent cell's blocks are those of a head, one a multiprocessor.
+        assert resident >= (1 if "exchange" in solution else solution.get("blocks", 1)), key
 
 
 @pytest.mark.parametrize("better", ["processors", "bandwidth", "registers_per_processor"])

@@ -86,7 +86,7 @@ __device__ __forceinline__ uint16_t narrow_float16(float value) {
 }
 
 __device__ __forceinline__ uint16_t narrow_bfloat16(float value) {
-#if defined(SIMULATE)
+#if defined(SIMULATE) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
   const uint32_t bits = __float_as_uint(value);
   if (value != value) return 0x7FFFu;
   return (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;

@@ -18,6 +18,11 @@ inline void cp_async_8(void* shared, const void* global, SIMULATOR_HERE) {
 inline void cp_async_16(void* shared, const void* global, SIMULATOR_HERE) {
   simulator::copy_async(shared, global, 16, 16, where);
 }
+// The 2 bytes at `global` go to their half of the word, whose other half is what lies beside them, or anything.
+inline void cp_async_2_of_word(void* word, const void* global, SIMULATOR_HERE) {
+  const size_t half = reinterpret_cast<uintptr_t>(global) % 4;
+  simulator::copy_async(static_cast<char*>(word) + half, global, 2, 2, where);
+}
 // Only the first `present` bytes are read; the others of the 16 become zero.
 inline void cp_async_16_zero_fill(void* shared, const void* global, unsigned present, SIMULATOR_HERE) {
   simulator::copy_async(shared, global, 16, present, where);
@@ -36,6 +41,10 @@ __device__ __forceinline__ void cp_async_8(void* shared, const void* global) {
 }
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+// There is no copy of 2 bytes; aligned words do not leave the memory that any allocator gives.
+__device__ __forceinline__ void cp_async_2_of_word(void* word, const void* global) {
+  cp_async_4(word, reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(global) & ~uintptr_t(3)));
 }
 __device__ __forceinline__ void cp_async_16_zero_fill(void* shared, const void* global, unsigned present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(present)

@@ -138,6 +138,14 @@ inline void cluster_store_async(float* own, uint64_t* barrier, unsigned rank, fl
   void* there = simulator::cluster_address(barrier, rank, "cluster_store_async", where);
   simulator::mbarrier_complete(static_cast<uint64_t*>(there), sizeof value, where);
 }
+template <class Value>  // of 8 or 16 bytes: uint2, uint4
+void cluster_store_async(void* own, uint64_t* barrier, unsigned rank, Value value, SIMULATOR_HERE) {
+  static_assert(sizeof value == 8 || sizeof value == 16);
+  simulator::check_shared(own, sizeof value, "cluster_store_async", where);
+  *static_cast<Value*>(simulator::cluster_address(own, rank, "cluster_store_async", where)) = value;
+  void* there = simulator::cluster_address(barrier, rank, "cluster_store_async", where);
+  simulator::mbarrier_complete(static_cast<uint64_t*>(there), sizeof value, where);
+}
 #else
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
@@ -148,9 +156,10 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrives, and announces `bytes` that cluster_store_async will bring in this phase.
+// Arrives, and announces `bytes` that cluster_store_async will bring in this phase. It releases to this block only: for
+// the cluster it would be a fence of all memory.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
@@ -171,11 +180,23 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity
   while (!mbarrier_test(barrier, parity)) {
   }
 }
-// Stores to block `rank`, whose own copy of `barrier` counts the 4 bytes when they have arrived.
+// Stores to block `rank`, whose own copy of `barrier` counts the bytes when they have arrived.
 __device__ __forceinline__ void cluster_store_async(float* own, uint64_t* barrier, unsigned rank, float value) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
                    cluster_address(own, rank)),
                "r"(__float_as_uint(value)), "r"(cluster_address(barrier, rank))
+               : "memory");
+}
+__device__ __forceinline__ void cluster_store_async(void* own, uint64_t* barrier, unsigned rank, uint2 value) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+                   cluster_address(own, rank)),
+               "r"(value.x), "r"(value.y), "r"(cluster_address(barrier, rank))
+               : "memory");
+}
+__device__ __forceinline__ void cluster_store_async(void* own, uint64_t* barrier, unsigned rank, uint4 value) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   cluster_address(own, rank)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(cluster_address(barrier, rank))
                : "memory");
 }
 #endif
@@ -208,6 +229,18 @@ inline void grid_barrier(unsigned* arrived, unsigned& total, SIMULATOR_HERE) {
     while (int(load_acquire(arrived) - total) < 0) simulator::spin("the grid barrier", where);
   }
   simulator::block_barrier(where);
+}
+inline uint64_t load_packet(const uint64_t* address) { return *static_cast<const volatile uint64_t*>(address); }
+inline void store_packet(uint64_t* address, uint32_t data, uint32_t tag) {
+  *static_cast<volatile uint64_t*>(address) = uint64_t(tag) << 32 | data;
+  simulator::made_progress();
+}
+inline uint32_t wait_for_packet(const uint64_t* address, uint64_t seen, uint32_t tag, SIMULATOR_HERE) {
+  while (seen >> 32 != tag) {
+    simulator::spin("a packet in global memory", where);
+    seen = load_packet(address);
+  }
+  return uint32_t(seen);
 }
 #else
 __device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
@@ -243,5 +276,27 @@ __device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned& total)
     wait_for_count(arrived, total);
   }
   __syncthreads();
+}
+// Packets of 4 bytes of data and a tag, moved as one: whoever sees the tag has the data, so that they order nothing but
+// themselves. `seen` is what an earlier load_packet gave.
+__device__ __forceinline__ uint64_t load_packet(const uint64_t* address) {
+  uint64_t packet;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(packet) : "l"(address) : "memory");
+  return packet;
+}
+__device__ __forceinline__ void store_packet(uint64_t* address, uint32_t data, uint32_t tag) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(address), "l"(uint64_t(tag) << 32 | data) : "memory");
+}
+__device__ __forceinline__ uint32_t wait_for_packet(const uint64_t* address, uint64_t seen, uint32_t tag) {
+#if defined(SEQOPS_DEBUG)
+  unsigned polls = 0;
+#endif
+  while (uint32_t(seen >> 32) != tag) {
+    seen = load_packet(address);
+#if defined(SEQOPS_DEBUG)
+    if (++polls == 1u << 26) __trap();
+#endif
+  }
+  return uint32_t(seen);
 }
 #endif

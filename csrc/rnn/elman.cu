@@ -1,5 +1,5 @@
 // Elman's network:  h = tanh(p) or max(p, 0);  p = wx + r h_before + b.  One gate, state h. The backward reads only h.
-#include "rnn/device.h"
+#include "rnn/kernels.h"
 
 struct Elman {
   static constexpr int GATES = 1, STATES = 1, CACHES = 0, READS = 1;
@@ -14,9 +14,13 @@ struct Elman {
   }
 
   static __device__ __forceinline__ constexpr Source source(int) { return {Source::OUTPUT, 0, -1}; }
-  static __device__ __forceinline__ void backward(const Number (&read)[1], Number e, Number (&)[1], Number (&dp)[1],
+  struct Ready {
+    Number h;
+  };
+  static __device__ __forceinline__ Ready ready(const Number (&read)[1]) { return {read[0]}; }
+  static __device__ __forceinline__ void backward(const Ready& ready, Number e, Number (&)[1], Number (&dp)[1],
                                                   Number (&dy)[1], bool relu) {
-    dp[0] = relu ? (read[0] <= 0 ? Number(0) : e) : e * (1 - read[0] * read[0]);
+    dp[0] = relu ? (ready.h <= 0 ? Number(0) : e) : e * (1 - ready.h * ready.h);
     dy[0] = dp[0];
   }
 };

@@ -316,6 +316,8 @@ Shape check_backward(const CellFacts& cell, const BackwardInputs& in) {
           dtype_text(t->scalar_type()));
   };
   if (dims == 5) check_shape(op, like_name, in.like, "[B, T, G, H, D]", {s.B, s.T, cell.caches, s.H, s.D});
+  check(s.H >= 1 && s.D >= 1, op, ": ", like_name, ": expected at least 1 head and 1 unit, got shape ",
+        shape_text(in.like));
   check_device(op, "r", in.r, like_name, in.like);
   check_shape(op, "r", in.r, "[G, H, D, D]", {cell.gates, s.H, s.D, s.D});
   check(in.r.scalar_type() == dtype, op, ": r: expected ", dtype_text(dtype), ", got ", dtype_text(in.r.scalar_type()));

@@ -3,7 +3,7 @@
 //   c = f c_before + i z;  n = f n_before + i;  h = sigmoid(p_o) c / n          (c / n = 0 where n = 0)
 // Gates i, f, z, o; states h, c, n, m. h does not depend on m, so inside a step m is a constant; only gradients given
 // to the final states see it: `delta` follows the winner of the max from dm_n - (dc_n c_n + dn_n n_n) back to dm0.
-#include "rnn/device.h"
+#include "rnn/kernels.h"
 
 struct Slstm {
   static constexpr int GATES = 4, STATES = 4, CACHES = 7, READS = 9;
@@ -43,24 +43,45 @@ struct Slstm {
   static __device__ __forceinline__ void begin(Number (&dstate)[4], Number c_n, Number n_n) {
     dstate[3] -= dstate[1] * c_n + dstate[2] * n_n;
   }
-  static __device__ __forceinline__ void backward(const Number (&read)[9], Number e, Number (&dstate)[4],
-                                                  Number (&dp)[4], Number (&dy)[4], bool) {
+  struct Ready {
+    Number i, f, z, c_before, n_before;
+    Number q, q_by_c;                     // c / n, and the gradient of h by c
+    Number forget_slope, z_by_c, o_by_h;  // gradients of p_f by log sigmoid(p_f), p_z by c, p_o by h
+    Number n;
+    bool input_won;
+  };
+  static __device__ __forceinline__ Ready ready(const Number (&read)[9]) {
     const bool input_won = signbit(read[READ_F]);  // also of -0
-    const Number f = input_won ? -read[READ_F] : read[READ_F], i = read[READ_I];
-    const Number z = hyperbolic_tangent(read[READ_Z]), o = sigmoid(read[READ_O]), delta = dstate[3];
-    const Number q = quotient(read[READ_C], read[READ_N]);
-    const Number dq = quotient(e * o, read[READ_N]);  // times dn/dq = -q
-    const Number dc = dstate[1] + dq, dn = dstate[2] - dq * q;
-    dp[I] = (dc * z + dn) * i + (input_won ? delta : Number(0));
-    dp[F] = ((dc * read[READ_C_BEFORE] + dn * read[READ_N_BEFORE]) * f + (input_won ? Number(0) : delta)) *
-            read[READ_FORGET_SLOPE];
-    dp[Z] = dc * i * (1 - z * z);
-    dp[O] = e * q * o * (1 - o);
+    const Number i = read[READ_I], f = input_won ? -read[READ_F] : read[READ_F], n = read[READ_N];
+    const Number q = quotient(read[READ_C], n), o = sigmoid(read[READ_O]), q_by_c = quotient(o, n);
+    const Number z = hyperbolic_tangent(read[READ_Z]);
+    return {i,
+            f,
+            z,
+            read[READ_C_BEFORE],
+            read[READ_N_BEFORE],
+            q,
+            q_by_c,
+            read[READ_FORGET_SLOPE],
+            i * (1 - z * z),
+            q * o * (1 - o),
+            n,
+            input_won};
+  }
+  static __device__ __forceinline__ void backward(const Ready& ready, Number e, Number (&dstate)[4], Number (&dp)[4],
+                                                  Number (&dy)[4], bool) {
+    const Number delta = dstate[3], dq = ready.n == 0 ? Number(0) : e * ready.q_by_c;  // times dn/dq = -q
+    const Number dc = dstate[1] + dq, dn = dstate[2] - dq * ready.q;
+    dp[I] = (dc * ready.z + dn) * ready.i + (ready.input_won ? delta : Number(0));
+    dp[F] = ((dc * ready.c_before + dn * ready.n_before) * ready.f + (ready.input_won ? Number(0) : delta)) *
+            ready.forget_slope;
+    dp[Z] = dc * ready.z_by_c;
+    dp[O] = e * ready.o_by_h;
 #pragma unroll
     for (int gate = 0; gate < GATES; ++gate) dy[gate] = dp[gate];
-    dstate[1] = dc * f;
-    dstate[2] = dn * f;
-    dstate[3] = input_won ? Number(0) : delta;
+    dstate[1] = dc * ready.f;
+    dstate[2] = dn * ready.f;
+    dstate[3] = ready.input_won ? Number(0) : delta;
   }
   static __device__ __forceinline__ void finish(Number (&dstate)[4], Number c_0, Number n_0) {
     dstate[3] += dstate[1] * c_0 + dstate[2] * n_0;

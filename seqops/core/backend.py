@@ -160,7 +160,7 @@ def _cuda_reasons() -> tuple[str | None, str | None]:
 
 def _triton_reasons() -> tuple[str | None, str | None]:
     if not _installed("triton"):
-        return ("Triton is not installed",) * 2
+        return ("Triton is not installed (pip install triton)",) * 2
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 interprets Triton kernels on the CPU", None
     on_gpu = None if torch.cuda.is_available() else "torch finds no CUDA device"
@@ -186,14 +186,14 @@ def serve_python(op_name: str, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def refusal(op_name: str, name: str | None, device: str) -> str:
-    """The text of the error where no kernel can serve a call."""
+def refusal(op_name: str, name: str | None, device: str, reason: str | None = None) -> str:
+    """The text of the error where no kernel can serve a call, with the backend's own `reason` where it has one."""
     public = _part_of.get(op_name, op_name)
     exist = "backends that exist: " + ", ".join(other for other in BACKENDS if other in _served.get(public, {}))
     if name is None:
         reasons = [f"{other}: {reason_missing(op_name, other, device)}" for other in GPU_BACKENDS]
         return f"seqops::{public}: no kernel for {device} tensors ({'; '.join(reasons)}); {exist}"
-    reason = reason_missing(op_name, name, device) or f"it does not take {device} tensors"
+    reason = reason or reason_missing(op_name, name, device) or f"it does not take {device} tensors"
     return f"seqops::{public}: backend {name!r} cannot serve this call: {reason}; {exist}"
 
 

@@ -102,11 +102,7 @@ class Kernel:
             return
         if grid[1] > 65535 or grid[2] > 65535:
             raise RuntimeError(f"{self.entry}: a grid of {grid}: CUDA allows 65535 blocks along y and z")
-        values = list(arguments)
-        for i in self._pointers:
-            if i < len(values):
-                values[i] = 0 if values[i] is None else values[i].data_ptr()
-        address = self._arguments.pack(values)
+        address = self._arguments.pack(self._numbers(arguments))
         device = like.device
         if device.type == "cuda":
             index = device.index
@@ -120,6 +116,40 @@ class Kernel:
         else:
             raise RuntimeError(f"{self.entry}: CUDA kernels run on CUDA tensors, not on {device.type}")
 
+    def prepare(
+        self, constants: Constants, grid: Shape, block: Shape, arguments: Sequence[Any], like: Tensor, shared: int = 0
+    ) -> Callable[[int], None]:
+        """A function that launches with the last argument, an int64, and all others as they are given here.
+
+        For loops of launches: it does again only what differs. It holds for the current device, which is that of
+        `like`, and for torch's current stream there; the caller keeps the tensors alive.
+        """
+        grid, block = _three(grid), _three(block)
+        if grid[1] > 65535 or grid[2] > 65535:
+            raise RuntimeError(f"{self.entry}: a grid of {grid}: CUDA allows 65535 blocks along y and z")
+        packed = _Arguments(self.entry, self._arguments.codes)
+        if packed.codes[-1] != "q":
+            raise ValueError(f"{self.entry}: argument codes: expected q at the end, got {packed.codes!r}")
+        address = packed.pack([*self._numbers(arguments), 0])
+        last, buffer, offset = struct.Struct("q").pack_into, packed.buffer, packed.format.size - 8
+        if like.device.type == "cpu":
+
+            def simulate(value: int, _alive: _Arguments = packed) -> None:
+                last(buffer, offset, value)
+                self._simulate(constants, grid, block, address, shared, 1, False)
+
+            return simulate
+        index = like.device.index
+        _make_context_current(index)
+        handle = self._function(constants, index, shared, 1).handle
+        start, stream = _driver().launchKernel, torch._C._cuda_getCurrentRawStream(index)
+
+        def launch(value: int, _alive: _Arguments = packed) -> None:
+            last(buffer, offset, value)
+            start(handle, *grid, *block, shared, stream, address, 0)
+
+        return launch
+
     def resident_blocks(
         self, constants: Constants, block: Shape, like: Tensor, shared: int = 0, cluster: int = 1
     ) -> int:
@@ -128,8 +158,17 @@ class Kernel:
             return max(_SIMULATED_BLOCKS // cluster, 1) * cluster
         index = like.device.index
         with torch.cuda.device(index):
+            _make_context_current(index)
             function = self._function(constants, index, shared, cluster)
             return function.resident_blocks(_three(block), shared) // cluster * cluster
+
+    def _numbers(self, arguments: Sequence[Any]) -> list[Any]:
+        """Tensors by their addresses."""
+        values = list(arguments)
+        for i in self._pointers:
+            if i < len(values):
+                values[i] = 0 if values[i] is None else values[i].data_ptr()
+        return values
 
     def _launch(
         self,

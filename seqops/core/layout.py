@@ -22,3 +22,15 @@ def new_sequence(like: Tensor, *inner: int) -> Tensor:
         strides[0], strides[1] = strides[1], strides[0]
         return like.new_empty_strided((batch, time, *inner), strides)
     return like.new_empty(batch, time, *inner)
+
+
+def dense_inside(t: Tensor) -> Tensor:
+    """With the elements of the last dimension next to each other."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def ordered(t: Tensor | None, like: Tensor) -> Tensor | None:
+    """A sequence that we made, dense in the memory order of `like`; a copy only where a caller gave another one."""
+    if t is None or not time_first(like):
+        return None if t is None else t.contiguous()
+    return t.transpose(0, 1).contiguous().transpose(0, 1)

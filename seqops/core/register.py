@@ -79,10 +79,12 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if ctx.backend == backends.current():
-                return backward(ctx, ctx.saved_tensors, *grads)
-            with backends.resume(ctx.backend):
-                return backward(ctx, ctx.saved_tensors, *grads)
+            # The forward has decided on dtypes: a region of autocast around the backward must not narrow its products.
+            with torch._C._DisableAutocast():
+                if ctx.backend == backends.current():
+                    return backward(ctx, ctx.saved_tensors, *grads)
+                with backends.resume(ctx.backend):
+                    return backward(ctx, ctx.saved_tensors, *grads)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -1,32 +1,37 @@
 """Launchers of the CUDA kernels of the recurrent operators: on CUDA tensors, or simulated on the CPU.
 
-Arguments and results are those of the operators' schemas. A head that one block can hold runs in one kernel for all
-steps; any other step by step in torch (cuda_alternating.py). Nothing synchronises.
+Arguments and results are those of the operators' schemas. One kernel runs all steps, or where that is not possible or
+slower two run each step (cuda_alternating.py). Nothing synchronises.
 
 Letters: B batch, T time, H heads, D units of a head, G gates.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import struct
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import choose, launch, validate
-from ..core.layout import new_sequence, time_first
+from ..core.layout import dense_inside, new_sequence, ordered, time_first
 from . import cuda_alternating, cuda_tiles
+from .cells import CACHES, GATES
+from .entries import entries
+
+logger = logging.getLogger(__name__)
 
 
 def _kernels(op: str) -> tuple[launch.Kernel, launch.Kernel]:
     """The entries of a cell's source: all cells take the same arguments."""
     return (
-        launch.Kernel(f"rnn/{op}.cu", f"{op}_forward", "P" * 15 + "q" * 13 + "??"),
-        launch.Kernel(f"rnn/{op}.cu", f"{op}_backward", "P" * 21 + "q" * 13 + "??"),
+        launch.Kernel(f"rnn/{op}.cu", f"{op}_forward", "P" * 15 + "q" * 13 + "??PPq"),
+        launch.Kernel(f"rnn/{op}.cu", f"{op}_backward", "P" * 21 + "q" * 13 + "??PPq"),
     )
 
 
@@ -42,7 +47,7 @@ KERNELS = {
 }
 TUNABLES = {
     (op, direction): choose.Tunable(f"{op}.{direction}.cuda", cuda_tiles.problem, (f"rnn/{op}.cu", cuda_tiles.__file__))
-    for op in cuda_tiles.GATES
+    for op in GATES
     for direction in ("forward", "backward")
 }
 
@@ -61,43 +66,37 @@ def key_of(kernel: cuda_tiles.Pass, heads: int, batch: int, time: int) -> choose
 
 
 def _choose(kernel: cuda_tiles.Pass, like: Tensor, heads: int, batch: int, time: int) -> choose.Solution | None:
-    """The constants, or None where no block holds a head."""
+    """The constants; none, or None, where the recurrence goes step by step."""
     tunable = TUNABLES[kernel.op, kernel.direction]
-    if like.is_cuda:
-        if choose.forced_solution(tunable.name) is None and not _fits(kernel, like.device):
-            return None
-        return choose.solution(tunable, key_of(kernel, heads, batch, time), like.device)
     forced = choose.forced_solution(tunable.name)
-    return cuda_tiles.simulated(kernel, batch) if forced is None else forced
+    if forced is not None or not like.is_cuda:
+        return cuda_tiles.simulated(kernel, batch, time) if forced is None else forced
+    key = key_of(kernel, heads, batch, time)
+    return choose.solution(tunable, key, like.device) if _fused(key, like.device) else None
 
 
 @lru_cache(maxsize=4096)
-def _fits(kernel: cuda_tiles.Pass, on: torch.device) -> bool:
-    return cuda_tiles.fits(choose.facts(on), key_of(kernel, 1, 1, 1))
+def _fused(key: choose.Key, on: torch.device) -> bool:
+    """Whether one kernel runs all steps. Once for each key, and in the debug log."""
+    facts = choose.facts(on)
+    fused = cuda_tiles.fused(facts, key)
+    if not fused:
+        reason = "is predicted to be faster" if cuda_tiles.fits(facts, key) else "no block or blocks hold the head"
+        logger.debug("%s on %s: step by step, with torch's products: %s", key, facts.name, reason)
+    return fused
+
+
+choose.on_forget(_fused.cache_clear)  # facts of a device may have been measured since
+
+
+@lru_cache(maxsize=4096)
+def _planned(
+    kernel: cuda_tiles.Pass, chosen: tuple[tuple[str, int], ...], heads: int, batch: int, time: int
+) -> cuda_tiles.Launch:
+    return cuda_tiles.launch(kernel, dict(chosen), heads, batch, time)
 
 
 # ---- tensors as the kernels see them
-
-
-def _rows(t: Tensor) -> Tensor:
-    """With units next to each other."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _ordered(t: Tensor | None, like: Tensor) -> Tensor | None:
-    """A sequence that we made, dense in the memory order of `like`; a copy only where a caller gave another one."""
-    if t is None:
-        return None
-    same = new_sequence(like, *t.shape[2:]) if not _is_dense(t, like) else t
-    return t if same is t else same.copy_(t)
-
-
-def _is_dense(t: Tensor, like: Tensor) -> bool:
-    inner = t[0, 0] if t.numel() else t
-    width = math.prod(t.shape[2:])
-    rows, steps = (width, width * t.shape[0]) if time_first(like) else (width * t.shape[1], width)
-    fits = all(t.shape[dim] == 1 or t.stride(dim) == stride for dim, stride in ((0, rows), (1, steps)))
-    return fits and inner.is_contiguous()
 
 
 def _state(state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -167,9 +166,31 @@ class _Problem(NamedTuple):
         return _choose(kernel, self.like, self.heads, self.batch, self.time)
 
     def launch(self, kernel: cuda_tiles.Pass, chosen: choose.Solution, arguments: Sequence[Any]) -> None:
-        planned = cuda_tiles.launch(kernel, chosen, self.heads, self.batch)
-        entry = KERNELS[self.op][self.direction == "backward"]
-        entry(planned.constants, planned.grid, planned.threads, arguments, like=self.like, shared=planned.shared)
+        planned = _planned(kernel, tuple(chosen.items()), self.heads, self.batch, min(self.time, 2))
+        entry, like = KERNELS[self.op][self.direction == "backward"], self.like
+        together = planned.teams  # in one launch
+        if planned.cooperative or planned.workspace:
+            blocks = entry.resident_blocks(planned.constants, planned.threads, like, planned.shared, planned.cluster)
+            together = max(min(together, blocks // planned.blocks), 1)
+        workspace = packets = None
+        if planned.workspace:
+            workspace = like.new_empty(together * planned.blocks * planned.workspace, dtype=torch.uint8)
+        if planned.packets:
+            packets = like.new_empty(together * planned.packets // 8, dtype=torch.int64)
+        for first in range(0, planned.teams, together):
+            teams = min(together, planned.teams - first)
+            if packets is not None:
+                packets.zero_()  # no tag is 0
+            entry(
+                planned.constants,
+                teams * planned.blocks,
+                planned.threads,
+                (*arguments, workspace, packets, first),
+                like=like,
+                shared=planned.shared,
+                cluster=planned.cluster,
+                cooperative=planned.cooperative,
+            )
 
 
 # ---- forward
@@ -189,7 +210,7 @@ def _forward(
     """h, the final states, and where `train` what the backward reads."""
     batch, time, _, heads, units = wx.shape
     problem = _Problem(op, "forward", wx, batch, time, heads, units, _lengths(lengths), reverse, nonlinearity == "relu")
-    caches = cuda_tiles.CACHES[op] if train else ()
+    caches = CACHES[op] if train else ()
     inner = [() if planes is None else (planes,) for planes in caches]
     absent = [-math.inf if i == 3 else 0.0 for i in range(len(states))]  # m0
 
@@ -199,20 +220,20 @@ def _forward(
 
     if problem.empty():
         return (problem.sequence(), *filled(), *(problem.sequence(*planes) for planes in inner))
-    x = _rows(wx)
-    kernel = problem.kernel(train, x)
-    chosen = problem.choose(kernel)
-    if chosen is None:
-        return cuda_alternating.forward(op, wx, r, b, filled(), problem.lengths, reverse, problem.relu, train)
+    x = dense_inside(wx)
     h = problem.sequence()
     final = [wx.new_empty(problem.state_shape(), dtype=problem.real) for _ in states]
     kept = [problem.sequence(*planes) for planes in inner]
     bias = _state(b, problem.real)
     initial = [_state(s, problem.real) for s in states]
+    kernel = problem.kernel(train, x)
+    chosen = problem.choose(kernel)
+    if not chosen:
+        cuda_alternating.forward(op, x, r, bias, initial, problem.lengths, h, final, kept, reverse, problem.relu)
+        return (h, *final, *kept)
     pointers = (x, r, bias, *_four(initial), problem.lengths, h, *_four(final), *(*kept, None, None)[:2])
     strides = (*x.stride()[:4], *r.stride(), *problem.pairs())
-    arguments = (*pointers, batch, time, heads, *strides, reverse, problem.relu)
-    problem.launch(kernel, chosen, arguments)
+    problem.launch(kernel, chosen, (*pointers, batch, time, heads, *strides, reverse, problem.relu))
     return (h, *final, *kept)
 
 
@@ -248,7 +269,7 @@ def _backward(
     heads, units = like.shape[-2:]
     relu = nonlinearity == "relu"
     problem = _Problem(op, "backward", like, batch, time, heads, units, _lengths(lengths), reverse, relu)
-    dwx = problem.sequence(cuda_tiles.GATES[op])
+    dwx = problem.sequence(GATES[op])
     dy = problem.sequence() if op == "gru" else None
     gradients = [_state(each, problem.real) for each in dfinal]
     states = [_state(each, problem.real) for each in initial]
@@ -262,17 +283,17 @@ def _backward(
 
     if problem.empty():
         return results(filled(gradients))
-    dh = None if dh is None else _rows(dh)
-    cache, kept, h = (_ordered(t, like) for t in (cache, kept, h))
+    dh = None if dh is None else dense_inside(dh)
+    cache, kept, h = (ordered(t, like) for t in (cache, kept, h))
+    dinitial = [like.new_empty(problem.state_shape(), dtype=problem.real) for _ in dfinal]
     kernel = problem.kernel(False, dh, cache, kept, h)
     chosen = problem.choose(kernel)
-    if chosen is None:
-        dwx, dy, dinitial = cuda_alternating.backward(
-            op, dh, filled(gradients), r, like, cache, kept, h, filled(states), last, problem.lengths, reverse,
-            grad_clip, relu,
+    if not chosen:
+        cuda_alternating.backward(
+            op, dh, gradients, r, cache, kept, h, last, states, problem.lengths, dwx, dy, dinitial, reverse, grad_clip,
+            relu,
         )  # fmt: skip
         return results(dinitial)
-    dinitial = [like.new_empty(problem.state_shape(), dtype=problem.real) for _ in dfinal]
     pointers = (dh, *_four(gradients), r, cache, kept, h, *last[1:], *states, problem.lengths, dwx, dy)
     strides = (*((0, 0, 0) if dh is None else dh.stride()[:3]), *r.stride(), *problem.pairs())
     clip = struct.unpack("<q", struct.pack("<d", -1.0 if grad_clip is None else grad_clip))[0]
@@ -283,136 +304,12 @@ def _backward(
 
 # ---- the operators
 
-
-def lstm(
-    wx: Tensor,
-    r: Tensor,
-    b: Tensor | None = None,
-    h0: Tensor | None = None,
-    c0: Tensor | None = None,
-    *,
-    lengths: Tensor | None = None,
-    reverse: bool = False,
-    grad_clip: float | None = None,
-    train: bool = False,
-) -> tuple[Tensor, ...]:
-    return _forward("lstm", train, wx, r, b, (h0, c0), lengths, reverse)
+OPERATORS = entries(_forward, _backward)
 
 
-def gru(
-    wx: Tensor,
-    r: Tensor,
-    b: Tensor | None = None,
-    h0: Tensor | None = None,
-    *,
-    lengths: Tensor | None = None,
-    reverse: bool = False,
-    grad_clip: float | None = None,
-    train: bool = False,
-) -> tuple[Tensor, ...]:
-    return _forward("gru", train, wx, r, b, (h0,), lengths, reverse)
-
-
-def slstm(
-    wx: Tensor,
-    r: Tensor,
-    b: Tensor | None = None,
-    h0: Tensor | None = None,
-    c0: Tensor | None = None,
-    n0: Tensor | None = None,
-    m0: Tensor | None = None,
-    *,
-    lengths: Tensor | None = None,
-    reverse: bool = False,
-    grad_clip: float | None = None,
-    train: bool = False,
-) -> tuple[Tensor, ...]:
-    return _forward("slstm", train, wx, r, b, (h0, c0, n0, m0), lengths, reverse)
-
-
-def elman(
-    wx: Tensor,
-    r: Tensor,
-    b: Tensor | None = None,
-    h0: Tensor | None = None,
-    *,
-    nonlinearity: str = "tanh",
-    lengths: Tensor | None = None,
-    reverse: bool = False,
-    grad_clip: float | None = None,
-) -> tuple[Tensor, ...]:
-    return _forward("elman", False, wx, r, b, (h0,), lengths, reverse, nonlinearity)
-
-
-lstm_forward, gru_forward, slstm_forward = (partial(function, train=True) for function in (lstm, gru, slstm))
-
-
-def lstm_backward(
-    dh: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    r: Tensor,
-    p: Tensor,
-    c: Tensor,
-    c0: Tensor | None,
-    *,
-    lengths: Tensor | None = None,
-    reverse: bool = False,
-    grad_clip: float | None = None,
-) -> tuple[Tensor, ...]:
-    return _backward("lstm", dh, (dh_n, dc_n), r, p, c, None, (None, c0, None), lengths, reverse, grad_clip)
-
-
-def gru_backward(
-    dh: Tensor | None,
-    dh_n: Tensor | None,
-    r: Tensor,
-    p: Tensor,
-    y: Tensor,
-    h: Tensor,
-    h0: Tensor | None,
-    *,
-    lengths: Tensor | None = None,
-    reverse: bool = False,
-    grad_clip: float | None = None,
-) -> tuple[Tensor, ...]:
-    return _backward("gru", dh, (dh_n,), r, p, y, h, (h0, None, None), lengths, reverse, grad_clip)
-
-
-def slstm_backward(
-    dh: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dn_n: Tensor | None,
-    dm_n: Tensor | None,
-    r: Tensor,
-    cache: Tensor,
-    c_n: Tensor,
-    n_n: Tensor,
-    c0: Tensor | None,
-    n0: Tensor | None,
-    *,
-    lengths: Tensor | None = None,
-    reverse: bool = False,
-    grad_clip: float | None = None,
-) -> tuple[Tensor, ...]:
-    dfinal = (dh_n, dc_n, dn_n, dm_n)
-    final = (None, c_n, n_n)
-    return _backward(
-        "slstm", dh, dfinal, r, cache, None, None, (None, c0, n0), lengths, reverse, grad_clip, final=final
-    )
-
-
-def elman_backward(
-    dh: Tensor | None,
-    dh_n: Tensor | None,
-    r: Tensor,
-    h: Tensor,
-    *,
-    nonlinearity: str = "tanh",
-    lengths: Tensor | None = None,
-    reverse: bool = False,
-    grad_clip: float | None = None,
-) -> tuple[Tensor, ...]:
-    none = (None, None, None)
-    return _backward("elman", dh, (dh_n,), r, None, None, h, none, lengths, reverse, grad_clip, nonlinearity)
+def __getattr__(name: str) -> Any:
+    """The operators by their registered names: lstm, lstm_forward, lstm_backward, ..."""
+    try:
+        return OPERATORS[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

@@ -13,7 +13,7 @@ Letters: B batch, T time, H heads, D units of a head, G gates.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,16 +21,12 @@ from torch import Tensor
 
 from ..core import backend, register, validate
 from ..core.layout import new_sequence, time_first
+from .cells import CACHES, GATES, STATES
 
 ops = torch.ops.seqops
 
-GATES = {"lstm": 4, "gru": 3, "slstm": 4, "elman": 1}
-STATES = {"lstm": ("h0", "c0"), "gru": ("h0",), "slstm": ("h0", "c0", "n0", "m0"), "elman": ("h0",)}
-CACHES = {  # what <op>_forward returns beyond the results: values for each batch row, step and unit
-    "lstm": (4, None),  # p, c
-    "gru": (3, None),  # p, y of the candidate
-    "slstm": (7,),  # i, f with the winner of the maximum in its sign, sigmoid(-p_f), p_z, p_o, c, n
-}
+LIKE = {"lstm": "p", "gru": "p", "slstm": "cache", "elman": "h"}  # see backward_like
+FINAL_GRADIENTS = ("dh_n", "dc_n", "dn_n", "dm_n")
 
 
 # ---- checks and shapes, for tensors without data
@@ -66,14 +62,19 @@ def check(
 def check_options(op: str, options: dict[str, Any], like: Tensor, batch: int, time: int) -> None:
     check_lengths(op, options.get("lengths"), like, batch, time)
     validate.check_grad_clip(op, options.get("grad_clip"))
+    check_nonlinearity(op, options)
+
+
+def check_nonlinearity(op: str, options: dict[str, Any]) -> None:
     nonlinearity = options.get("nonlinearity", "tanh")
     validate.expect(nonlinearity in ("tanh", "relu"), op, "nonlinearity", "'tanh' or 'relu'", repr(nonlinearity))
 
 
-def check_lengths(op: str, lengths: Tensor | None, wx: Tensor, batch: int, time: int) -> None:
+def check_lengths(op: str, lengths: Tensor | None, like: Tensor, batch: int, time: int) -> None:
+    """`like` is wx, or stands for it in the backward."""
     if lengths is None:
         return
-    validate.check_device(op, "lengths", lengths, "wx", wx)
+    validate.check_device(op, "lengths", lengths, "wx", like)
     validate.expect(
         lengths.dtype in (torch.int32, torch.int64), op, "lengths", "int32 or int64", validate.name_of(lengths.dtype)
     )
@@ -100,36 +101,79 @@ def check_forward(op: str, *args: Any, **options: Any) -> None:
     check(op, *split(op, args), options)
 
 
+@cache
+def backward_arguments(op: str) -> tuple[str, ...]:
+    """Names of the positional arguments."""
+    schema = getattr(ops, f"{op}_backward").default._schema.arguments
+    return tuple(argument.name for argument in schema if not argument.kwarg_only)
+
+
+def backward_like(op: str, args: tuple[Any, ...]) -> Tensor:
+    """What gives a backward operator dtype, shape and memory order."""
+    return args[backward_arguments(op).index(LIKE[op])]
+
+
 def check_backward(op: str, *args: Any, **options: Any) -> None:
-    """The arguments of a backward operator: our own formulas call it, yet it must not crash for others either."""
-    name = f"{op}_backward"
-    schema = getattr(ops, name).default._schema.arguments
-    given = dict(zip([argument.name for argument in schema], args, strict=False))
-    like_name = next(each for each in ("p", "cache", "h") if each in given)
+    """The arguments of a backward operator: our own formulas call it, yet it must not crash for others either.
+
+    In the order and the words of check_backward in csrc/rnn/rnn.cpp.
+    """
+    name, like_name = f"{op}_backward", LIKE[op]
+    given = dict(zip(backward_arguments(op), args, strict=False))
     like = given[like_name]
-    letters, planes = "[B, T, H, D]", ()
-    if like_name != "h":
-        letters, planes = "[B, T, G, H, D]", (CACHES[op][0],)
-    got = f"shape {validate.shape_of(like)}"
-    validate.expect(like.ndim == len(letters.split()), name, like_name, f"{len(letters.split())} dimensions", got)
+    check_nonlinearity(op, options)
+    validate.check_grad_clip(op, options.get("grad_clip"))
+    planes = tuple(filter(None, CACHES[op]))
+    letters = "[B, T, G, H, D]" if planes else "[B, T, H, D]"
+    dimensions, got = len(letters.split()), f"shape {validate.shape_of(like)}"
+    validate.expect(like.ndim == dimensions, name, like_name, f"{dimensions} dimensions", got)
     validate.check_type(name, like_name, like, validate.STORAGE)
-    batch, time, heads, units = *like.shape[:2], *like.shape[-2:]
+    (batch, time), (heads, units) = like.shape[:2], like.shape[-2:]
     validate.check_shape(name, like_name, like, letters, (batch, time, *planes, heads, units))
-    gates = GATES[op]
-    for argument, t in given.items():
-        if t is None or t is like:
-            continue
-        validate.check_device(name, argument, t, like_name, like)
-        if argument == "r":
-            validate.check_shape(name, argument, t, "[G, H, D, D]", (gates, heads, units, units))
+    validate.expect(heads >= 1 and units >= 1, name, like_name, "at least 1 head and 1 unit", got)
+
+    def check_one(argument: str, letters: str, shape: tuple[int, ...]) -> None:
+        t = given.get(argument)
+        if t is not None:
+            validate.check_device(name, argument, t, like_name, like)
+            validate.check_shape(name, argument, t, letters, shape)
             validate.check_type(name, argument, t, (like.dtype,))
-        elif argument in ("dh", "c", "y", "h"):
-            validate.check_shape(name, argument, t, "[B, T, H, D]", (batch, time, heads, units))
-            validate.check_type(name, argument, t, (like.dtype,))
-        else:
-            validate.check_shape(name, argument, t, "[B, H, D]", (batch, heads, units))
-            validate.check_dtype(name, argument, t, like.dtype)
-    check_options(op, options, like, batch, time)
+
+    check_one("r", "[G, H, D, D]", (GATES[op], heads, units, units))
+    for argument in ("dh", "c", "y", "h"):
+        check_one(argument, "[B, T, H, D]", (batch, time, heads, units))
+    for words, states in (
+        ("gradient of a final state", FINAL_GRADIENTS),
+        ("initial state", ("h0", "c0", "n0")),
+        ("final state", ("c_n", "n_n")),
+    ):
+        for t in map(given.get, states):
+            if t is not None:
+                validate.check_device(name, words, t, like_name, like)
+                validate.check_shape(name, words, t, "[B, H, D]", (batch, heads, units))
+                validate.check_dtype(name, words, t, like.dtype)
+    check_lengths(op, options.get("lengths"), like, batch, time)
+
+
+def check_size(op: str, name: str, t: Tensor) -> None:
+    """GPU kernels count steps, and what there is in one step, in 32 bits.
+
+    Args:
+        t: [B, T, ..., H, D], called `name`.
+    """
+    (batch, time), (heads, units), got = t.shape[:2], t.shape[-2:], f"shape {validate.shape_of(t)}"
+    validate.expect(time < 2**31, op, name, "fewer than 2^31 steps on a GPU", got)
+    validate.expect(batch * heads * units < 2**31, op, name, "B H D below 2^31 on a GPU", got)
+
+
+def check_for_gpu(op: str, backward: bool, *args: Any, **options: Any) -> None:
+    """What the kernels in Python rely on."""
+    if backward:
+        check_backward(op, *args, **options)
+        check_size(f"{op}_backward", LIKE[op], backward_like(op, args))
+    else:
+        check_forward(op, *args, **options)
+        check_size(op, "wx", args[0])
 
 
 def forward_shapes(op: str, *args: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -149,8 +193,10 @@ def training_shapes(op: str, *args: Any, **options: Any) -> tuple[Tensor, ...]:
     return (*results, *caches)
 
 
-def backward_shapes(op: str, like: Tensor) -> tuple[Tensor, ...]:
-    """dwx, for the GRU dy of its candidate, then the gradients of the initial states. `like` is [B, T, ..., H, D]."""
+def backward_shapes(op: str, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+    """dwx, for the GRU dy of its candidate, then the gradients of the initial states."""
+    check_backward(op, *args, **options)
+    like = backward_like(op, args)
     batch, heads, units = like.shape[0], like.shape[-2], like.shape[-1]
     real = validate.real_of(like.dtype)
     states = (like.new_empty(batch, heads, units, dtype=real) for _ in STATES[op])
@@ -178,6 +224,17 @@ def previous_h(h: Tensor, h0: Tensor | None, lengths: Tensor | None, reverse: bo
     return torch.where(begins, first, shifted)
 
 
+def product_types(like: Tensor) -> tuple[torch.dtype, dict[str, Any]]:
+    """What the factors of dr are stored in, and options of its product: sums are never narrower than float32.
+
+    16-bit factors stay so where the processor multiplies them: their products are exact in float32.
+    """
+    if like.is_cuda and like.element_size() == 2 and torch.cuda.get_device_capability(like.device) >= (8, 0):
+        return like.dtype, {"out_dtype": torch.float32}
+    native = NATIVE_BFLOAT16 and like.dtype == torch.bfloat16 and like.device.type == "cpu"
+    return (like.dtype if native else validate.real_of(like.dtype)), {}
+
+
 def weight_gradient(
     dy: tuple[Tensor, ...], h: Tensor, h0: Tensor | None, lengths: Tensor | None, reverse: bool, dtype: torch.dtype
 ) -> Tensor:
@@ -195,17 +252,16 @@ def weight_gradient(
     time = 1
     if time_first(h):  # go through memory in order
         time, h, dy = 0, h.transpose(0, 1), tuple(part.transpose(0, 1) for part in dy)
-    native = NATIVE_BFLOAT16 and h.dtype == torch.bfloat16 and h.device.type == "cpu"
-    wide = h.dtype if native else validate.real_of(h.dtype)
+    wide, sums = product_types(h)
     before = previous_h(h, h0, lengths, reverse, time).to(wide).reshape(pairs, heads, units)
     parts = []
     for part in dy:
         part = part.to(wide).reshape(pairs, -1, heads, units)
         if heads == 1:
-            parts.append((part.reshape(pairs, -1).t() @ before[:, 0]).reshape(-1, 1, units, units))
+            parts.append(torch.mm(part.reshape(pairs, -1).t(), before[:, 0], **sums).reshape(-1, 1, units, units))
         else:
             by_head = before.transpose(0, 1)  # [H, N, D]
-            parts.extend(torch.bmm(gate.permute(1, 2, 0), by_head).unsqueeze(0) for gate in part.unbind(1))
+            parts.extend(torch.bmm(gate.permute(1, 2, 0), by_head, **sums).unsqueeze(0) for gate in part.unbind(1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
@@ -368,10 +424,9 @@ def provide_reference(op: str, function: Callable[..., tuple[Tensor, ...]]) -> N
 
 def register_cell(op: str, save: Callable[..., None], formula: Callable[..., Any]) -> None:
     public, backward = getattr(ops, op).default, getattr(ops, f"{op}_backward").default
-    like_at = next(i for i, a in enumerate(backward._schema.arguments) if a.name in ("p", "cache", "h"))
     everything = {public: lambda *args, **options: forward_shapes(op, *args, **options)}
-    everything[backward] = lambda *args, **options: backward_shapes(op, args[like_at])
-    if op in CACHES:
+    everything[backward] = lambda *args, **options: backward_shapes(op, *args, **options)
+    if CACHES[op]:
         training = getattr(ops, f"{op}_forward").default
         everything[training] = lambda *args, **options: training_shapes(op, *args, **options)
         with_formula = register.register_autograd(training, save=save, backward=formula)
@@ -387,8 +442,8 @@ def register_cell(op: str, save: Callable[..., None], formula: Callable[..., Any
         backend.register_elsewhere(operator)
         part_of, short = None if operator is public else op, name.partition("::")[2]
         backend.provide(short, "cpu", part_of=part_of)
-        checked = check_backward if operator is backward else check_forward
-        backend.provide_module(short, __package__, check=partial(checked, op), part_of=part_of, backends=("cuda",))
+        checked = partial(check_for_gpu, op, operator is backward)
+        backend.provide_module(short, __package__, check=checked, part_of=part_of)
 
 
 ops._allow_teams("ATen parallel backend: OpenMP" in torch.__config__.parallel_info())

@@ -15,6 +15,8 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .cells import GATES
+
 if TYPE_CHECKING:
     from ..tune import csp
 
@@ -26,7 +28,6 @@ ROW_EDGES = (*range(1, 17), *(base * quarter // 4 for base in (16, 32, 64, 128) 
 STEP_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ROWS_BEYOND, STEPS_BEYOND = 512, 1024
 
-GATES = {"lstm": 4, "gru": 3, "slstm": 4, "elman": 1}
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 

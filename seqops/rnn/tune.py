@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 from ..core import backend, choose
 from ..tune.target import Example, Flag, Report, Shape, Target, compile_cuda
 from . import cpu, cuda, cuda_tiles, reference, tiles
-from .op import GATES, STATES, ops
+from .cells import GATES, STATES
+from .op import ops
 
 FLAGS = (
     Flag("heads", 1, "H, the number of heads"),
-    Flag("dim", 64, "D, the units of a head; on a GPU as many as one block holds"),
+    Flag("dim", 256, "D, the units of a head"),
     # Values are checked at the batch itself, for which blocks of rows are chosen, and at steps enough to pack r.
     Flag("batch", 16, "B, the batch rows", small=1 << 20),
     Flag("time", 256, "T, the time steps", small=16),
@@ -46,24 +48,34 @@ def cuda_key(op: str, direction: str, shape: Shape, dtype: str, device: Any) -> 
 
 def compile_pass(device: Any, key: choose.Key, constants: choose.Solution) -> Report:
     kernel = cuda_tiles.Pass.of(key)
-    shared = kernel.shared_bytes(constants["tiles"], constants["k_regs"], constants["ring"])
-    compiled = cuda_tiles.compiled(kernel, constants)
-    return compile_cuda(kernel.source, compiled, device.architecture, shared, constants["threads"])
+    layout, compiled = cuda_tiles.Layout(kernel, constants), cuda_tiles.compiled(kernel, constants)
+    return compile_cuda(kernel.source, compiled, device.architecture, layout.shared_bytes(), layout.threads)
 
 
-# Heads that every preset holds.
-DIMS = {"bfloat16": (128, 64), "float16": (128,), "float32": (64, 48)}
+# Shapes (D, heads, batch, time) whose choices are compiled in tests: a block, a cluster and the grid hold a head, and
+# steps few enough to read the weights as they lie.
+SHAPES = {
+    "bfloat16": (
+        *((64, 1, 1, 16), (64, 12, 16, 1024), (64, 64, 64, 256), (128, 6, 16, 1024), (256, 3, 16, 1024)),
+        *((256, 12, 64, 256), (768, 1, 16, 1024), (768, 1, 64, 256), (1536, 1, 16, 256), (2688, 1, 16, 256)),
+        *((1023, 1, 16, 256), (1024, 1, 1, 1), (64, 4, 8, 4)),
+    ),
+    "float16": ((128, 1, 1, 16), (768, 4, 8, 64), (100, 2, 1, 1)),
+    "float32": ((64, 12, 16, 1024), (256, 1, 16, 256), (512, 1, 32, 256), (128, 64, 64, 256), (256, 1, 1, 1)),
+    "float64": ((32, 1, 16, 64), (256, 1, 4, 64)),
+}
 
 
 def keys_of(op: str, direction: str) -> Iterator[choose.Key]:
-    """For all dtypes, few and many blocks."""
-    for dtype, dims in DIMS.items():
-        for dim in dims:
-            for heads, batch, time in ((1, 1, 16), (12, 16, 1024), (64, 64, 256)):
-                shape = {"heads": heads, "dim": dim, "batch": batch, "time": time}
-                yield cuda_key(op, direction, shape, dtype, None)
-    if op != "elman" and direction == "forward":
-        yield cuda.key_of(cuda_tiles.Pass(op, direction, "bfloat16", 64, 2, False), 1, 16, 1024)
+    for dtype, shapes in SHAPES.items():
+        for sizes in shapes:
+            shape = dict(zip(("dim", "heads", "batch", "time"), sizes, strict=True))
+            yield cuda_key(op, direction, shape, dtype, None)
+    train = direction == "forward" and op != "elman"
+    yield cuda.key_of(cuda_tiles.Pass(op, direction, "bfloat16", 128, 1, train), 4, 16, 64)  # at odd addresses
+    if train:
+        for dim in (64, 768):
+            yield cuda.key_of(cuda_tiles.Pass(op, direction, "bfloat16", dim, 2, False), 1, 16, 1024)
 
 
 def compile_nothing(host: Any, key: choose.Key, constants: choose.Solution) -> None:
@@ -163,14 +175,42 @@ CUDA_TARGETS = [
         direction=direction,
         tunable=tunable,
         flags=FLAGS,
-        # In float64, which is there to check others, fewer units fit than the flags begin with.
-        dtypes=("bfloat16", "float16", "float32"),
+        dtypes=("bfloat16", "float16", "float32", "float64"),
         key=partial(cuda_key, op, direction),
         compile=compile_pass,
         example=partial(EXAMPLES[direction], op, "cuda"),
-        distinct=("tiles", "k_regs", "split"),
+        distinct=("exchange", "blocks", "k_warps", "tiles", "split"),
         keys=partial(keys_of, op, direction),
     )
     for (op, direction), tunable in cuda.TUNABLES.items()
 ]
-TARGETS = [*CPU_TARGETS, *CUDA_TARGETS]
+
+
+def triton_key(op: str, direction: str, shape: Shape, dtype: str, device: Any) -> choose.Key:
+    from . import triton, triton_tiles
+
+    kernel = triton_tiles.Kernel(op, direction, dtype, triton_tiles.padded(shape["dim"]))
+    return triton.key_of(kernel, shape["heads"], shape["batch"])
+
+
+def triton_targets() -> list[Target]:
+    if find_spec("triton") is None:
+        return []
+    from . import triton
+
+    return [
+        Target(
+            op=op,
+            direction=direction,
+            tunable=tunable,
+            flags=FLAGS,
+            dtypes=("bfloat16", "float16", "float32"),
+            key=partial(triton_key, op, direction),
+            compile=compile_nothing,
+            example=partial(EXAMPLES[direction], op, "triton"),
+        )
+        for (op, direction), tunable in triton.TUNABLES.items()
+    ]
+
+
+TARGETS = [*CPU_TARGETS, *CUDA_TARGETS, *triton_targets()]

@@ -82,25 +82,30 @@ KERNEL(arithmetic, 32)(const float* p_x, float* p_y, int64_t n) {
 EXPORT(arithmetic)
 
 // Copies of every size, the zero-filled one too, each visible only after the wait.
-//   p_x [32, 4] in · p_y [32, 4 + 2 + 1 + 4] out
+//   p_x [32, 4] in · p_y [32, 4 + 2 + 1 + 4 + 1] out: the last one has the halves of x[1] in turn
 KERNEL(copies, 32)(const float* p_x, float* p_y) {
   SHARED_STATIC(float, s_16, 128);
   SHARED_STATIC(float, s_8, 64);
   SHARED_STATIC(float, s_4, 32);
   SHARED_STATIC(float, s_fill, 128);
+  SHARED_STATIC(uint32_t, s_2, 64);
   const int i = threadIdx.x;
   cp_async_16(s_16 + i * 4, p_x + i * 4);
   cp_async_commit();
   cp_async_8(s_8 + i * 2, p_x + i * 4);
   cp_async_4(s_4 + i, p_x + i * 4);
   cp_async_16_zero_fill(s_fill + i * 4, p_x + i * 4, i % 5 * 4);
+  for (int half = 0; half < 2; ++half) {
+    cp_async_2_of_word(s_2 + 2 * i + half, reinterpret_cast<const uint16_t*>(p_x + i * 4 + 1) + half);
+  }
   cp_async_commit();
   cp_async_wait<1>();
-  for (int k = 0; k < 4; ++k) p_y[i * 11 + k] = s_16[i * 4 + k];
+  for (int k = 0; k < 4; ++k) p_y[i * 12 + k] = s_16[i * 4 + k];
   cp_async_wait<0>();
-  for (int k = 0; k < 2; ++k) p_y[i * 11 + 4 + k] = s_8[i * 2 + k];
-  p_y[i * 11 + 6] = s_4[i];
-  for (int k = 0; k < 4; ++k) p_y[i * 11 + 7 + k] = s_fill[i * 4 + k];
+  for (int k = 0; k < 2; ++k) p_y[i * 12 + 4 + k] = s_8[i * 2 + k];
+  p_y[i * 12 + 6] = s_4[i];
+  for (int k = 0; k < 4; ++k) p_y[i * 12 + 7 + k] = s_fill[i * 4 + k];
+  p_y[i * 12 + 11] = __uint_as_float((s_2[2 * i] & 0xFFFFu) | (s_2[2 * i + 1] & 0xFFFF0000u));
 }
 EXPORT(copies)
 
