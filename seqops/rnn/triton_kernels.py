@@ -558,7 +558,7 @@ def recurrence_backward(
         if CELL == GRU:
             store(p_dy + place, b_pair * width + b_unit, m_unit & m_row, 0, (dy[2],))
         b_sum = sum_of_products(narrow_all(dy, S), b_r, new[0], PRECISION)
-        dstate = select(m_row, (clamp(b_sum, clip),) + new[1:], dstate)  # noqa: RUF005
+        dstate = select(m_row, (clamp(b_sum, clip),) + new[1:], dstate)  # noqa: RUF005  as above
     store_states((p_dh0, p_dc0, p_dn0, p_dm0), o_state, m_state, dstate)
 
 
