@@ -137,10 +137,13 @@ def list_cases(cases: list[harness.Case]) -> None:
 )
 @click.option(
     "--from",
-    "source",
+    "sources",
+    multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Measure nothing; write the table and reports from this JSON file, with --op of some operators.",
+    help="Measure nothing; write the table and reports from this JSON file, with --op of some operators. Given several "
+    "times: --markdown from all of them.",
 )
+@click.option("--brief", is_flag=True, help="In --markdown the first case of each operator alone.")
 @click.option("--device", type=click.Choice(harness.DEVICES), default=harness.CPU, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of every contender. Default: all cores.")
 @click.option("--list", "only_list", is_flag=True, help="Print the cases and their goals, measure nothing.")
@@ -151,7 +154,8 @@ def main(
     json_path: Path | None,
     html_path: Path | None,
     markdown_paths: tuple[Path, ...],
-    source: Path | None,
+    sources: tuple[Path, ...],
+    brief: bool,
     device: str,
     threads: int | None,
     only_list: bool,
@@ -170,38 +174,48 @@ def main(
         except ValueError as error:
             raise click.UsageError(f"--markdown: {error}") from None
 
+    if len(sources) > 1 and (json_path or html_path):
+        raise click.UsageError("--from of several files makes --markdown alone: each is a run of its own")
     problems: list[str] = []
-    if source:
-        try:
-            found = record.load(source)
-        except ValueError as error:
-            raise click.UsageError(f"--from: {error}") from None
-        found.results = [result for result in found.results if not ops or result.op in ops]
+    if sources:
+        records = [load(source, ops) for source in sources]
     else:
         cases = on_device(device, select(harness.load_cases(), ops))
         if only_list:
             return list_cases(cases)
         json_path = json_path or RESULTS / "latest.json"
         settings = harness.Settings(**({"threads": threads} if threads else {}), quick=quick, device=device)
-        found, problems = measure(cases, settings, json_path, kernels)
+        measured, problems = measure(cases, settings, json_path, kernels)
+        records = [measured]
         html_path = html_path or (RESULTS / "latest.html" if can_plot else None)
 
-    tables.print_record(found, Console())
+    for found in records:
+        tables.print_record(found, Console())
     written = list(markdown_paths)
     for path in markdown_paths:
-        tables.update_markdown(path, found)
+        tables.update_markdown(path, *records, brief=brief)
     if json_path:
-        found.save(json_path)
+        records[0].save(json_path)
         written.append(json_path)
     if html_path:
-        report.write_html(html_path, found)
+        report.write_html(html_path, records[0])
         written.append(html_path)
     for path in written:
         click.echo(f"wrote {path}")
     for problem in problems:
         click.echo(problem, err=True)
-    if problems or any(result.error for result in found.results):
+    if problems or any(result.error for found in records for result in found.results):
         sys.exit(1)
+
+
+def load(source: Path, ops: tuple[str, ...]) -> record.Record:
+    """A record of an earlier run, of the operators that `--op` names."""
+    try:
+        found = record.load(source)
+    except ValueError as error:
+        raise click.UsageError(f"--from: {error}") from None
+    found.results = [result for result in found.results if not ops or result.op in ops]
+    return found
 
 
 def measure(

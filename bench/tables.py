@@ -228,8 +228,19 @@ def markdown_rows(results: Sequence[Result]) -> Iterator[list[str]]:
                     yield [f"{case}, {MODE_TITLES[mode]}", peer, *markdown_cells(modes[mode], peer), "", "", ""]
 
 
-def markdown_table(record: Record) -> str:
-    """The table for README and the documentation, with a line below it that says what was measured."""
+def first_cases(results: Sequence[Result]) -> list[Result]:
+    """Of each operator the first case, which is the one that most users meet, in the modes that have columns."""
+    first: dict[str, str] = {}
+    shown = [result for result in results if result.mode in (harness.FORWARD, harness.TRAINING)]
+    return [result for result in shown if first.setdefault(result.op, result.title) == result.title]
+
+
+def markdown_table(*records: Record, brief: bool = False) -> str:
+    """The table for README and the documentation, with a line below it, for each run, that says what was measured.
+
+    Args:
+        brief: the first case of each operator alone.
+    """
     head = [
         "case",
         "against",
@@ -239,18 +250,26 @@ def markdown_table(record: Record) -> str:
         "ratio",
         "memory of a step",
     ]
-    lines = [head, ["---", "---", "---:", "---:", "---:", "---:", "---:"], *markdown_rows(record.results)]
+    results = [result for record in records for result in record.results]
+    results = first_cases(results) if brief else results
+    lines = [head, ["---", "---", "---:", "---:", "---:", "---:", "---:"], *markdown_rows(results)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n{describe(record)}. Ratios above 1: ours is faster."
+    runs = "\n\n".join(f"{of_run(record, len(records))}{describe(record)}." for record in records)
+    return f"{table}\n\n{runs} Ratios above 1: ours is faster."
 
 
-def update_markdown(path: Path, record: Record) -> None:
+def of_run(record: Record, runs: int) -> str:
+    """Which operators a run measured, where there are several runs."""
+    return "" if runs == 1 else ", ".join(f"`{op}`" for op in dict.fromkeys(r.op for r in record.results)) + ": "
+
+
+def update_markdown(path: Path, *records: Record, brief: bool = False) -> None:
     """Replaces what stands between the two markers of a page by the table; a page that does not exist is made.
 
     Raises:
         ValueError: the page has no pair of markers.
     """
-    insert(path, markdown_table(record))
+    insert(path, markdown_table(*records, brief=brief))
 
 
 def insert(path: Path, text: str) -> None:

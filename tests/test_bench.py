@@ -572,6 +572,18 @@ def test_markdown_table_replaces_only_its_own_text(tmp_path: Path) -> None:
     assert page.read_text() == once
 
 
+def test_brief_markdown_has_the_first_case_of_each_operator() -> None:
+    one = make_record(make_result(case="a"), make_result(case="a", mode=harness.INFERENCE), make_result(case="b"))
+    two = make_record(make_result(op="other", case="c"), make_result(op="other", case="d", mode=FORWARD))
+    two.rates["gemm"] = 7e9
+    table, *runs = tables.markdown_table(one, two, brief=True).split("\n\n")
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| a", "| c"]
+    assert runs[0].startswith(f"`{one.results[0].op}`: ") and runs[1].startswith("`other`: ")
+    assert "7 GFLOP/s" in runs[1] and "7 GFLOP/s" not in runs[0]
+    assert all(f"| {case} |" in tables.markdown_table(one, two) for case in "abcd")
+    assert tables.markdown_table(one).split("\n\n")[1].startswith(tables.describe(one))
+
+
 @pytest.mark.parametrize("text", ["", f"{tables.BEGIN}\n", f"{tables.END}\n{tables.BEGIN}\n"])
 def test_markdown_without_markers_is_refused(tmp_path: Path, text: str) -> None:
     page = tmp_path / "README.md"
@@ -632,6 +644,12 @@ def test_command_measures_and_writes(plain_process: None, monkeypatch: pytest.Mo
     assert code == 0
     assert again.startswith(tables.render(record.load(tmp_path / "run.json").results))
     assert (tmp_path / "run.md").read_text() == before
+
+    both = [f"--from={tmp_path / 'run.json'}"] * 2
+    code, output = run_command(monkeypatch, [], *both, "--brief", files[2])
+    assert code == 0 and (tmp_path / "run.md").read_text().count("| scale B4 |") == 2
+    code, output = run_command(monkeypatch, [], *both, files[0])
+    assert code == 2 and "--from of several files makes --markdown alone" in output
 
 
 def test_command_lists_cases(monkeypatch: pytest.MonkeyPatch) -> None:
