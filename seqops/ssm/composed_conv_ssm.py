@@ -1,0 +1,273 @@
+"""conv_ssm from torch's convolutions and our linear_scan, block by block of frames.
+
+    x_t = a x_{t-1} + b * u_t        y_t = 2 Re(c * x_t) + d * u_t
+
+Everything is real arithmetic: `b` is one convolution with 2P outputs, real and imaginary parts in turn, which
+`linear_scan` reads as P complex channels; `c` is one with 2P inputs and weights (2 Re c, -2 Im c).
+
+The states of a block are written once and read once while the caches have them; no more than one block of them exists.
+For the backward the state that enters each block is kept ("entering"), and the block is computed again.
+
+Letters: B batch, T time, Y and X pixels, U channels of a frame, P complex channels of the state, N frames of a block
+(of one or several rows of the batch), I and O inputs and outputs of a convolution.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, pad
+
+ops = torch.ops.seqops
+
+# Bytes of the states of a block, by device: on the CPU what its caches hold, on a GPU what occupies it.
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+# Where frames are large, a block has this many of them up to this many bytes: one state in 16 is kept.
+FRAMES, MOST_BYTES = 16, 64 << 20
+
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+Span = tuple[int, int]
+
+
+def precision_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def block_frames(u: Tensor, width: int) -> int:
+    """Frames of a block, for states of `width` complex channels: of one row, or fewer steps of several rows."""
+    frame = u.shape[2] * u.shape[3] * width * 2 * precision_of(u.dtype).itemsize
+    fit = BLOCK_BYTES.get(u.device.type, BLOCK_BYTES["cpu"]) // frame
+    return max(fit, min(FRAMES, MOST_BYTES // frame), 1)
+
+
+def entering_shape(u: Tensor, width: int) -> tuple[int, ...]:
+    """[B, blocks - 1, Y, X, P]: the states that enter all blocks but the first."""
+    batch, steps, rows, columns, _ = u.shape
+    frames = block_frames(u, width)
+    return batch, (steps + frames - 1) // frames - (steps > 0), rows, columns, width
+
+
+class Blocks(NamedTuple):
+    rows: list[Span]  # of the batch
+    steps: list[Span]
+
+
+def blocks_of(u: Tensor, width: int) -> Blocks:
+    """One row and many steps, or all steps and many rows: either way u and y of a block lie in one piece."""
+    batch, steps = u.shape[:2]
+    frames = block_frames(u, width)
+    together = max(frames // max(steps, 1), 1)
+    return Blocks(
+        [(start, min(start + together, batch)) for start in range(0, batch, together)],
+        [(start, min(start + frames, steps)) for start in range(0, steps, frames)],
+    )
+
+
+# ---- convolutions of frames [N, Y, X, I] with kernels [kh, kw, I, O], and their gradients
+
+
+class Kernel:
+    """A real kernel [kh, kw, I, O], made ready once for all blocks."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.size = values.shape[:2]
+        self.pointwise = self.size == (1, 1)
+        # As torch's convolutions take it without a copy: [O, I, kh, kw], its inputs innermost in memory.
+        self.values = (
+            values[0, 0] if self.pointwise else values.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+        )
+        # An even kernel has one more tap after a pixel than before it: convolved with equal margins, the first row
+        # or column is one too many. (A wider kernel with a zero there would turn a NaN outside its reach into a NaN.)
+        self.extra = [1 - size % 2 for size in self.size]
+        self.margins = [size // 2 for size in self.size]
+
+    def apply(self, frames: Tensor) -> Tensor:
+        """[N, Y, X, I] -> [N, Y, X, O]."""
+        if self.pointwise:
+            return (frames.flatten(0, 2) @ self.values).unflatten(0, frames.shape[:3])
+        out = conv2d(frames.permute(0, 3, 1, 2), self.values, padding=self.margins)
+        return out[:, :, self.extra[0] :, self.extra[1] :].permute(0, 2, 3, 1).contiguous()
+
+    def gradients(self, grad: Tensor, frames: Tensor, wants_frames: bool = True) -> tuple[Tensor | None, Tensor]:
+        """Of the frames [N, Y, X, I] and the kernel, from that of the result [N, Y, X, O]."""
+        if self.pointwise:
+            grad, flat = grad.flatten(0, 2), frames.flatten(0, 2)
+            dframes = (grad @ self.values.mT).view(frames.shape) if wants_frames else None
+            return dframes, (flat.mT @ grad)[None, None]
+        grad = pad(grad, (0, 0, self.extra[1], 0, self.extra[0], 0))
+        dframes, dvalues, _ = torch.ops.aten.convolution_backward(
+            *(grad.permute(0, 3, 1, 2), frames.permute(0, 3, 1, 2), self.values, None),
+            *([1, 1], self.margins, [1, 1], False, [0, 0], 1, [wants_frames, True, False]),
+        )
+        return dframes.permute(0, 2, 3, 1) if wants_frames else None, dvalues.permute(2, 3, 1, 0)
+
+
+class Kernels:
+    """The kernels of a call, in the dtype that it computes in."""
+
+    def __init__(self, u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None) -> None:
+        self.precision = precision_of(u.dtype)
+        self.width = a.shape[0]
+        self.a = a.resolve_conj().resolve_neg().view(1, 1, 1, 1, -1)
+        self.b = Kernel(torch.view_as_real(b.resolve_conj()).flatten(-2))
+        # 2 Re(c x) = 2 Re c Re x - 2 Im c Im x.
+        self.c = Kernel(torch.view_as_real(2 * c.conj().resolve_conj()).movedim(-1, -2).flatten(2, 3))
+        self.d = None if d is None else Kernel(d.to(self.precision))
+
+    def frames(self, sequence: Tensor, rows: Span, steps: Span) -> Tensor:
+        """A block of a sequence [B, T, Y, X, I], as frames [N, Y, X, I]."""
+        return sequence[slice(*rows), slice(*steps)].to(self.precision).flatten(0, 1).contiguous()
+
+    def scan(self, frames: Tensor, rows: Span, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The states [rows, steps, Y, X, P] of a block, and the last one."""
+        moved = self.as_states(self.b.apply(frames), rows)
+        return ops.linear_scan(moved, self.a, state)
+
+    def as_states(self, frames: Tensor, rows: Span) -> Tensor:
+        """Frames [N, Y, X, 2P] as complex sequences [rows, steps, Y, X, P]."""
+        count = rows[1] - rows[0]
+        pairs = frames.contiguous().view(count, frames.shape[0] // count, *frames.shape[1:3], self.width, 2)
+        return torch.view_as_complex(pairs)
+
+
+def as_frames(states: Tensor) -> Tensor:
+    """Complex states [rows, steps, Y, X, P] as frames [N, Y, X, 2P]."""
+    return torch.view_as_real(states).flatten(-2).flatten(0, 1)
+
+
+# ---- torch's settings
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """No autocast inside, and of cuDNN only algorithms that give the same bits in every run."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    with torch._C._DisableAutocast():
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before
+
+
+# ---- both passes
+
+
+def march(
+    u: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    initial_state: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, the final state and, with `keep`, the states that enter the blocks."""
+    kernels, blocks = Kernels(u, a, b, c, d), blocks_of(u, a.shape[0])
+    batch, _, height, columns, _ = u.shape
+    y = u.new_empty(u.shape)
+    final_state = a.new_empty(batch, height, columns, a.shape[0])
+    entering = a.new_empty(entering_shape(u, a.shape[0])) if keep else None
+    for rows in blocks.rows:
+        mine = slice(*rows)
+        state = None if initial_state is None else initial_state[mine]
+        for i, steps in enumerate(blocks.steps):
+            if entering is not None and i > 0:
+                entering[mine, i - 1] = state
+            frames = kernels.frames(u, rows, steps)
+            states, state = kernels.scan(frames, rows, state)
+            write_outputs(kernels, states, frames, y[mine, slice(*steps)])
+        final_state[mine] = 0 if state is None else state
+    return y, final_state, entering
+
+
+def write_outputs(kernels: Kernels, states: Tensor, frames: Tensor, y: Tensor) -> None:
+    """2 Re(c * x) + d * u of a block, into y [rows, steps, Y, X, U]."""
+    out = kernels.c.apply(as_frames(states))
+    if kernels.d is not None:
+        out += kernels.d.apply(frames)
+    y.copy_(out.view(y.shape))
+
+
+def conv_ssm(
+    u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None = None, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    with exact():
+        y, final_state, _ = march(u, a, b, c, d, initial_state, False)
+    return y, final_state
+
+
+def conv_ssm_forward(
+    u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None = None, initial_state: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Also the states that enter the blocks, [B, blocks - 1, Y, X, P]."""
+    with exact():
+        return march(u, a, b, c, d, initial_state, True)
+
+
+def conv_ssm_backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    """All gradients; those of d and of a u that is not wanted are empty."""
+    with exact():
+        return march_back(*arguments, **options)
+
+
+def march_back(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    initial_state: Tensor | None,
+    entering: Tensor,
+    *,
+    wants_u: bool = True,
+) -> tuple[Tensor, ...]:
+    kernels, blocks = Kernels(u, a, b, c, d), blocks_of(u, a.shape[0])
+    batch, _, height, columns, _ = u.shape
+    real = {"dtype": kernels.precision, "device": u.device}
+    du = u.new_empty(u.shape if wants_u else 0)
+    da = torch.zeros_like(kernels.a)
+    db = torch.zeros(*b.shape[:3], 2 * kernels.width, **real)
+    dc = torch.zeros(*c.shape[:2], 2 * kernels.width, c.shape[3], **real)
+    dd = torch.zeros((0,) if d is None else d.shape, **real)
+    dinitial_state = a.new_empty(batch, height, columns, kernels.width)
+
+    for rows in blocks.rows:
+        mine = slice(*rows)
+        dstate = None if dfinal_state is None else dfinal_state[mine]
+        for i, steps in reversed([*enumerate(blocks.steps)]):
+            now = slice(*steps)
+            initial = None if initial_state is None else initial_state[mine]
+            state = entering[mine, i - 1].contiguous() if i else initial
+            frames = kernels.frames(u, rows, steps)
+            states, _ = kernels.scan(frames, rows, state)
+            dstates, through = None, None
+            if dy is not None:
+                grad = kernels.frames(dy, rows, steps)
+                dout, dkernel = kernels.c.gradients(grad, as_frames(states))
+                dc += dkernel
+                dstates = kernels.as_states(dout, rows)
+                if kernels.d is not None:
+                    through, dkernel = kernels.d.gradients(grad, frames, wants_u)
+                    dd += dkernel
+            g, dgate, dstate = ops.linear_scan_backward(dstates, dstate, kernels.a, states, state)
+            da += dgate
+            dframes, dkernel = kernels.b.gradients(as_frames(g), frames, wants_u)
+            db += dkernel
+            if wants_u:
+                dframes = dframes if through is None else dframes + through
+                du[mine, now] = dframes.reshape(u[mine, now].shape)
+        dinitial_state[mine] = 0 if dstate is None else dstate
+
+    db = torch.view_as_complex(db.unflatten(-1, (kernels.width, 2)))
+    # Of (2 Re c, -2 Im c).
+    pairs = dc.unflatten(2, (kernels.width, 2)).movedim(3, -1).contiguous()
+    dc = 2 * torch.view_as_complex(pairs).conj().resolve_conj()
+    return du, da.flatten(), db, dc, dd if d is None else dd.to(d.dtype), dinitial_state
