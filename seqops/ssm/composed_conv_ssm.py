@@ -25,7 +25,7 @@ from torch.nn.functional import conv2d, pad
 ops = torch.ops.seqops
 
 # Bytes of the states of a block, by device: on the CPU what its caches hold, on a GPU what occupies it.
-BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 # Where frames are large, a block has this many of them up to this many bytes: one state in 16 is kept.
 FRAMES, MOST_BYTES = 16, 64 << 20
 
@@ -70,6 +70,16 @@ def blocks_of(u: Tensor, width: int) -> Blocks:
 # ---- convolutions of frames [N, Y, X, I] with kernels [kh, kw, I, O], and their gradients
 
 
+class Factors(NamedTuple):
+    """A product that is yet to be made, where it can be added to what is there: [N Y X, I] times [I, O]."""
+
+    left: Tensor
+    right: Tensor
+
+
+Term = Tensor | Factors
+
+
 class Kernel:
     """A real kernel [kh, kw, I, O], made ready once for all blocks."""
 
@@ -85,25 +95,46 @@ class Kernel:
         self.extra = [1 - size % 2 for size in self.size]
         self.margins = [size // 2 for size in self.size]
 
-    def apply(self, frames: Tensor) -> Tensor:
+    def apply(self, frames: Tensor) -> Term:
         """[N, Y, X, I] -> [N, Y, X, O]."""
         if self.pointwise:
-            return (frames.flatten(0, 2) @ self.values).unflatten(0, frames.shape[:3])
+            return Factors(frames.flatten(0, 2), self.values)
         out = conv2d(frames.permute(0, 3, 1, 2), self.values, padding=self.margins)
-        return out[:, :, self.extra[0] :, self.extra[1] :].permute(0, 2, 3, 1).contiguous()
+        return out[:, :, self.extra[0] :, self.extra[1] :].permute(0, 2, 3, 1)
 
-    def gradients(self, grad: Tensor, frames: Tensor, wants_frames: bool = True) -> tuple[Tensor | None, Tensor]:
-        """Of the frames [N, Y, X, I] and the kernel, from that of the result [N, Y, X, O]."""
+    def gradients(self, grad: Tensor, frames: Tensor, dkernel: Tensor, wants_frames: bool = True) -> Term | None:
+        """That of the frames [N, Y, X, I], from that of the result [N, Y, X, O]; the kernel's is added to `dkernel`."""
         if self.pointwise:
-            grad, flat = grad.flatten(0, 2), frames.flatten(0, 2)
-            dframes = (grad @ self.values.mT).view(frames.shape) if wants_frames else None
-            return dframes, (flat.mT @ grad)[None, None]
+            grad = grad.flatten(0, 2)
+            dkernel[0, 0].addmm_(frames.flatten(0, 2).mT, grad)
+            return Factors(grad, self.values.mT) if wants_frames else None
         grad = pad(grad, (0, 0, self.extra[1], 0, self.extra[0], 0))
         dframes, dvalues, _ = torch.ops.aten.convolution_backward(
             *(grad.permute(0, 3, 1, 2), frames.permute(0, 3, 1, 2), self.values, None),
             *([1, 1], self.margins, [1, 1], False, [0, 0], 1, [wants_frames, True, False]),
         )
-        return dframes.permute(0, 2, 3, 1) if wants_frames else None, dvalues.permute(2, 3, 1, 0)
+        dkernel += dvalues.permute(2, 3, 1, 0)
+        return dframes.permute(0, 2, 3, 1) if wants_frames else None
+
+
+def write_sum(out: Tensor, *terms: Term | None) -> None:
+    """The sum of one or two terms, into the block `out` [rows, steps, Y, X, O] of a sequence."""
+    present = [term for term in terms if term is not None]
+    tensors = [term for term in present if not isinstance(term, Factors)]
+    products = [term for term in present if isinstance(term, Factors)]
+    precision = precision_of(out.dtype)
+    target = out if out.dtype == precision else torch.empty_like(out, dtype=precision)
+    flat = target.view(-1, out.shape[-1])
+    if len(tensors) == 2:
+        torch.add(*tensors, out=target.view(tensors[0].shape))
+    elif tensors:
+        target.view(tensors[0].shape).copy_(tensors[0])
+    else:
+        torch.mm(*products.pop(0), out=flat)
+    for term in products:
+        flat.addmm_(*term)
+    if target is not out:
+        out.copy_(target)
 
 
 class Kernels:
@@ -124,13 +155,13 @@ class Kernels:
 
     def scan(self, frames: Tensor, rows: Span, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states [rows, steps, Y, X, P] of a block, and the last one."""
-        moved = self.as_states(self.b.apply(frames), rows)
-        return ops.linear_scan(moved, self.a, state)
+        return ops.linear_scan(self.as_states(self.b.apply(frames), frames, rows), self.a, state)
 
-    def as_states(self, frames: Tensor, rows: Span) -> Tensor:
-        """Frames [N, Y, X, 2P] as complex sequences [rows, steps, Y, X, P]."""
+    def as_states(self, term: Term, frames: Tensor, rows: Span) -> Tensor:
+        """2P channels for each pixel of the frames [N, Y, X, ...] as complex sequences [rows, steps, Y, X, P]."""
+        values = term.left @ term.right if isinstance(term, Factors) else term.contiguous()
         count = rows[1] - rows[0]
-        pairs = frames.contiguous().view(count, frames.shape[0] // count, *frames.shape[1:3], self.width, 2)
+        pairs = values.view(count, frames.shape[0] // count, *frames.shape[1:3], self.width, 2)
         return torch.view_as_complex(pairs)
 
 
@@ -181,17 +212,10 @@ def march(
                 entering[mine, i - 1] = state
             frames = kernels.frames(u, rows, steps)
             states, state = kernels.scan(frames, rows, state)
-            write_outputs(kernels, states, frames, y[mine, slice(*steps)])
+            skip = None if kernels.d is None else kernels.d.apply(frames)
+            write_sum(y[mine, slice(*steps)], kernels.c.apply(as_frames(states)), skip)
         final_state[mine] = 0 if state is None else state
     return y, final_state, entering
-
-
-def write_outputs(kernels: Kernels, states: Tensor, frames: Tensor, y: Tensor) -> None:
-    """2 Re(c * x) + d * u of a block, into y [rows, steps, Y, X, U]."""
-    out = kernels.c.apply(as_frames(states))
-    if kernels.d is not None:
-        out += kernels.d.apply(frames)
-    y.copy_(out.view(y.shape))
 
 
 def conv_ssm(
@@ -243,7 +267,6 @@ def march_back(
         mine = slice(*rows)
         dstate = None if dfinal_state is None else dfinal_state[mine]
         for i, steps in reversed([*enumerate(blocks.steps)]):
-            now = slice(*steps)
             initial = None if initial_state is None else initial_state[mine]
             state = entering[mine, i - 1].contiguous() if i else initial
             frames = kernels.frames(u, rows, steps)
@@ -251,19 +274,14 @@ def march_back(
             dstates, through = None, None
             if dy is not None:
                 grad = kernels.frames(dy, rows, steps)
-                dout, dkernel = kernels.c.gradients(grad, as_frames(states))
-                dc += dkernel
-                dstates = kernels.as_states(dout, rows)
+                dstates = kernels.as_states(kernels.c.gradients(grad, as_frames(states), dc), grad, rows)
                 if kernels.d is not None:
-                    through, dkernel = kernels.d.gradients(grad, frames, wants_u)
-                    dd += dkernel
+                    through = kernels.d.gradients(grad, frames, dd, wants_u)
             g, dgate, dstate = ops.linear_scan_backward(dstates, dstate, kernels.a, states, state)
             da += dgate
-            dframes, dkernel = kernels.b.gradients(as_frames(g), frames, wants_u)
-            db += dkernel
+            dframes = kernels.b.gradients(as_frames(g), frames, db, wants_u)
             if wants_u:
-                dframes = dframes if through is None else dframes + through
-                du[mine, now] = dframes.reshape(u[mine, now].shape)
+                write_sum(du[mine, steps[0] : steps[1]], dframes, through)
         dinitial_state[mine] = 0 if dstate is None else dstate
 
     db = torch.view_as_complex(db.unflatten(-1, (kernels.width, 2)))

@@ -1,7 +1,7 @@
 """conv_ssm: checks, shapes, gradient formula, transforms, and the public function.
 
     conv_ssm             the public operator: results only
-    conv_ssm_forward     also the states that enter the blocks, which its backward reads; used where a gradient is wanted
+    conv_ssm_forward     also the states that enter the blocks, which its backward reads; where a gradient is wanted
     conv_ssm_backward    all gradients
 
 Letters: B batch, T time, Y and X pixels, U channels of a frame, P complex channels of the state, kh and kw the sizes of
@@ -254,7 +254,7 @@ def conv_ssm(
         RuntimeError: if a second derivative is taken, or a forced backend cannot serve the call.
         NotImplementedError: in forward-mode differentiation.
 
-    Memory: states of one block of frames (on the CPU 4 MiB of them, on a GPU 64 MiB, or 16 frames of one row where
+    Memory: states of one block of frames (on the CPU 2 MiB of them, on a GPU 64 MiB, or 16 frames of one row where
     those are more). A gradient keeps the arguments, and one state a block.
 
     Smith, De Mello, Kautz, Linderman and Byeon, "Convolutional state space models for long-range spatiotemporal
