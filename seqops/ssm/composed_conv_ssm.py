@@ -86,10 +86,10 @@ class Kernel:
     def __init__(self, values: Tensor) -> None:
         self.size = values.shape[:2]
         self.pointwise = self.size == (1, 1)
-        # As torch's convolutions take it without a copy: [O, I, kh, kw], its inputs innermost in memory.
-        self.values = (
-            values[0, 0] if self.pointwise else values.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
-        )
+        # As torch's convolutions take it without a copy: [O, I, kh, kw]; in float32 its inputs innermost in memory.
+        layout = torch.contiguous_format if values.dtype == torch.float64 else torch.channels_last
+        oihw = values.permute(3, 2, 0, 1)
+        self.values = values[0, 0] if self.pointwise else oihw.contiguous(memory_format=layout)
         # An even kernel has one more tap after a pixel than before it: convolved with equal margins, the first row
         # or column is one too many. (A wider kernel with a zero there would turn a NaN outside its reach into a NaN.)
         self.extra = [1 - size % 2 for size in self.size]

@@ -25,9 +25,8 @@ ops = torch.ops.seqops
 # ---- checks and shapes
 
 
-def check_kernel(op: str, name: str, kernel: Tensor, u: Tensor, letters: str, sizes: tuple[int, int]) -> None:
+def check_kernel(op: str, name: str, kernel: Tensor, letters: str, sizes: tuple[int, int]) -> None:
     """[kh, kw, *sizes], of any kh and kw."""
-    validate.check_device(op, name, kernel, "u", u)
     got = validate.shape_of(kernel)
     fits = kernel.ndim == 4 and all(a == b for a, b in zip(kernel.shape[2:], sizes, strict=True))
     expected = f"[kh, kw, {letters}] = [kh, kw, {', '.join(str(size) for size in sizes)}]"
@@ -50,16 +49,18 @@ def check_conv_ssm(
     validate.check_type(op, "u", u, validate.STORAGE)
     full = all(size >= 1 for size in u.shape[2:])
     validate.expect(full, op, "u", "at least 1 row, 1 column and 1 channel", f"shape {shape}")
+    for name, value in (("a", a), ("b", b), ("c", c), ("d", d), ("initial_state", initial_state)):
+        if value is not None:
+            validate.check_device(op, name, value, "u", u)
     state = composed.COMPLEX[validate.real_of(u.dtype)]
-    validate.check_device(op, "a", a, "u", u)
     validate.expect(a.ndim == 1 and a.shape[0] >= 1, op, "a", "[P] with P of 1 or more", validate.shape_of(a))
     validate.check_type(op, "a", a, (state,))
     inner, width = u.shape[4], a.shape[0]
     for name, kernel, letters, sizes in (("b", b, "U, P", (inner, width)), ("c", c, "P, U", (width, inner))):
-        check_kernel(op, name, kernel, u, letters, sizes)
+        check_kernel(op, name, kernel, letters, sizes)
         validate.check_type(op, name, kernel, (state,))
     if d is not None:
-        check_kernel(op, "d", d, u, "U, U", (inner, inner))
+        check_kernel(op, "d", d, "U, U", (inner, inner))
         validate.check_dtype(op, "d", d, u.dtype)
     check_state(op, "initial_state", initial_state, u, a)
 

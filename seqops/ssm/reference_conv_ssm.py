@@ -21,8 +21,12 @@ def convolve(frames: Tensor, kernel: Tensor) -> Tensor:
     rows, columns = frames.shape[1:3]
     above, left = (height - 1) // 2, (width - 1) // 2
     padded = pad(frames, (0, 0, left, width - 1 - left, above, height - 1 - above))
-    taps = [padded[:, i : i + rows, j : j + columns] @ kernel[i, j] for i in range(height) for j in range(width)]
-    return torch.stack(taps).sum(0)
+    total = frames.new_zeros(*frames.shape[:3], kernel.shape[3])
+    for i in range(height):
+        for j in range(width):
+            pixels = padded[:, i : i + rows, j : j + columns].flatten(0, 2)
+            total = total + (pixels @ kernel[i, j]).view(total.shape)
+    return total
 
 
 def conv_ssm(

@@ -1,0 +1,370 @@
+"""Values, gradients and behaviour of conv_ssm, on the CPU and on every other backend.
+
+Tests whose cases are marked `small` or `tiny` run again in the CUDA simulator and the Triton interpreter.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases.conv_ssm import SIZES, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import conv2d, pad
+
+import seqops
+from seqops.ssm import composed_conv_ssm as composed
+
+params = partial(cases.params, operators=("conv_ssm",))
+ONE = ((1, 1), (1, 1), (1, 1))
+THREE = ((3, 3), (3, 3), (3, 3))
+
+
+def results(case: Case, inputs: dict[str, Any], function: cases.common.Function | None = None) -> dict[str, Tensor]:
+    return cases.evaluate(function or case.operator, inputs, case.cotangents)
+
+
+@pytest.fixture
+def few_frames(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes blocks of so many frames, however small they are."""
+
+    def limit(frames: int) -> None:
+        monkeypatch.setattr(composed, "BLOCK_BYTES", {"cpu": 0})
+        monkeypatch.setattr(composed, "FRAMES", frames)
+
+    return limit
+
+
+# ---------------------------------------------------------------- the reference itself
+
+
+def written_out(
+    u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None = None, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """By sums over all earlier frames, and torch's own complex convolutions of padded frames."""
+
+    def convolve(frames: Tensor, kernel: Tensor) -> Tensor:
+        above, below = (kernel.shape[0] - 1) // 2, kernel.shape[0] // 2
+        left, right = (kernel.shape[1] - 1) // 2, kernel.shape[1] // 2
+        padded = pad(frames.permute(0, 3, 1, 2), (left, right, above, below))
+        return conv2d(padded, kernel.permute(3, 2, 0, 1)).permute(0, 2, 3, 1)
+
+    moved = [convolve(u_t.to(b.dtype), b) for u_t in u.unbind(1)]
+    outputs, x = [], None
+    for t, u_t in enumerate(u.unbind(1)):
+        x = sum(a ** (t - s) * moved[s] for s in range(t + 1))
+        x = x if initial_state is None else x + a ** (t + 1) * initial_state
+        y = 2 * convolve(x, c).real
+        outputs.append(y if d is None else y + convolve(u_t, d))
+    return torch.stack(outputs, 1), x
+
+
+@pytest.mark.parametrize("kernels", [ONE, THREE, ((2, 4), (1, 3), None), ((4, 1), (2, 2), (5, 6))], ids=str)
+@pytest.mark.parametrize("state", [False, True])
+def test_reference_is_the_definition(state: bool, kernels: Any) -> None:
+    case = Case("conv_ssm", B=2, T=4, dtype=torch.float64, kernels=kernels, state=state)
+    inputs = case.inputs()
+    cases.assert_within(results(case, inputs, case.reference), results(case, inputs, written_out), 1e-12)
+
+
+def test_reference_gradients_are_numerical() -> None:
+    """First and second derivatives, exact zeros in the gate included."""
+    options = {"B": 1, "T": 2, "picture": (2, 3), "U": 1, "P": 2, "kernels": ((2, 1), (1, 3), (1, 1)), "gaps": True}
+    case = Case("conv_ssm", dtype=torch.float64, **options)
+    inputs = case.inputs()
+    call = lambda *values: case.reference(*values)  # noqa: E731
+    assert torch.autograd.gradcheck(call, tuple(inputs.values()))
+    assert torch.autograd.gradgradcheck(call, tuple(inputs.values()))
+
+
+# ---------------------------------------------------------------- values and gradients
+
+
+def check(case: Case, function: cases.common.Function | None = None, device: str = "cpu") -> None:
+    """Outputs and all gradients against the reference in float64."""
+    inputs = case.inputs(device)
+    outputs = case.operator(**inputs)
+    assert [o.dtype for o in outputs] == case.output_dtypes
+    cotangents = case.cotangents(outputs)
+    exact = cases.exact_results(case, inputs, cotangents)
+    got = cases.evaluate(function or case.operator, inputs, cotangents)
+    cases.assert_within(got, exact, case.bounds(exact))
+
+
+@pytest.mark.parametrize("case", params())
+def test_values_and_gradients(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", params("small", where=lambda case: case.B * case.T > 0))
+@pytest.mark.parametrize("frames", [1, 2])
+def test_several_blocks(case: Case, frames: int, few_frames: Callable[[int], None]) -> None:
+    few_frames(frames)
+    assert len(composed.blocks_of(case.inputs()["u"], case.P).steps) == -(-case.T // frames)
+    check(case)
+
+
+@given(
+    B=st.integers(1, 4),
+    T=st.integers(1, 9),
+    picture=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    U=st.integers(1, 5),
+    P=st.integers(1, 5),
+    kernels=st.tuples(st.sampled_from(SIZES), st.sampled_from(SIZES), st.sampled_from((None, *SIZES))),
+    state=st.booleans(),
+    gaps=st.booleans(),
+    frames=st.integers(1, 10),
+)
+@settings(max_examples=25, derandomize=True, deadline=None)
+def test_any_shape(frames: int, **options: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composed, "BLOCK_BYTES", {"cpu": 0})
+        patch.setattr(composed, "FRAMES", frames)
+        check(Case("conv_ssm", dtype=torch.float64, **options))
+
+
+def test_pointwise_kernels_are_linear_scan() -> None:
+    """Without neighbours a frame is a batch of pixels."""
+    case = Case("conv_ssm", B=2, T=7, U=3, P=4, kernels=((1, 1), (1, 1), None), dtype=torch.float64)
+    inputs = case.inputs()
+    y, last = case.operator(**inputs)
+    moved = inputs["u"].to(torch.complex128) @ inputs["b"][0, 0]
+    h, state = seqops.linear_scan(moved, inputs["a"].view(1, 1, 1, 1, -1), inputs["initial_state"])
+    torch.testing.assert_close(y, 2 * (h @ inputs["c"][0, 0]).real)
+    torch.testing.assert_close(last, state)
+
+
+@pytest.mark.parametrize("missing", ["u", "initial_state", "a"])
+def test_gradients_that_nobody_wants(missing: str) -> None:
+    """The others are the same bits."""
+    case = cases.example("conv_ssm")
+    inputs = case.inputs()
+    expected = results(case, inputs)
+    inputs[missing] = inputs[missing].detach()
+    outputs = case.operator(**inputs)
+    leaves = [name for name in cases.differentiable(inputs) if name != missing]
+    got = torch.autograd.grad(outputs, [inputs[name] for name in leaves], case.cotangents(outputs))
+    cases.assert_same_bits(
+        {f"d{n}": g for n, g in zip(leaves, got, strict=True)}, {f"d{n}": expected[f"d{n}"] for n in leaves}
+    )
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_one_output_differentiated(only: int) -> None:
+    case = cases.example("conv_ssm", dtype=torch.float64)
+    inputs = case.inputs()
+    ours, theirs = cases.only(only, case.operator), cases.only(only, case.reference)
+    cases.assert_within(results(case, inputs, ours), results(case, inputs, theirs), 1e-12)
+
+
+# ---------------------------------------------------------------- carried states
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kernels", [ONE, THREE, ((2, 2), (3, 1), (1, 4))], ids=str)
+def test_pieces_equal_whole(kernels: Any, dtype: torch.dtype) -> None:
+    """To rounding: torch may convolve another number of frames in another order."""
+    case = Case("conv_ssm", T=9, kernels=kernels, dtype=dtype)
+    inputs = case.inputs()
+
+    def in_pieces(u: Tensor, *parameters: Tensor, initial_state: Tensor, **more: Tensor) -> tuple[Tensor, Tensor]:
+        parts, state = [], initial_state
+        for piece in u.split([0, 1, 5, 2, 1], 1):
+            y, state = seqops.conv_ssm(piece, *parameters, **more, initial_state=state)
+            parts.append(y)
+        return torch.cat(parts, 1), state
+
+    bound = {torch.float64: 1e-13, torch.float32: 2e-6}[dtype]
+    cases.assert_within(results(case, inputs, in_pieces_named(in_pieces)), results(case, inputs), bound)
+
+
+def in_pieces_named(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **inputs: function(inputs.pop("u"), **inputs)
+
+
+@pytest.mark.parametrize("kernels", [ONE, THREE], ids=str)
+def test_blocks_do_not_show(kernels: Any, few_frames: Callable[[int], None]) -> None:
+    """One frame a block, or all of them: the same to rounding, which the sums of the convolutions' own order leave."""
+    case = Case("conv_ssm", B=2, T=7, kernels=kernels)
+    inputs = case.inputs()
+    whole = results(case, inputs)
+    few_frames(1)
+    cases.assert_within(results(case, inputs), cases.in_double(whole), 1e-6)
+
+
+def test_no_steps_return_the_state() -> None:
+    case = Case("conv_ssm", T=0)
+    inputs = case.inputs()
+    y, state = case.operator(**inputs)
+    assert y.shape == inputs["u"].shape
+    assert torch.equal(state, inputs["initial_state"]) and state.data_ptr() != inputs["initial_state"].data_ptr()
+    (gradient,) = torch.autograd.grad(state.real.sum(), inputs["initial_state"])
+    assert torch.equal(gradient, torch.ones_like(state))
+
+
+# ---------------------------------------------------------------- NaN and infinity
+
+
+def reach(seen: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pixels [Y, X] whose window holds one that is `seen`."""
+    above, left = (size[0] - 1) // 2, (size[1] - 1) // 2
+    padded = pad(seen.double(), (left, size[1] - 1 - left, above, size[0] - 1 - above))
+    return conv2d(padded[None, None], torch.ones(1, 1, *size, dtype=torch.float64))[0, 0] > 0
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernels", [ONE, THREE, ((2, 3), (1, 4), (5, 1))], ids=str)
+def test_one_bad_pixel_stays_in_reach(kernels: Any, dtype: torch.dtype, value: float) -> None:
+    """It spreads by the radius of the kernels, and forward in time; everything else is as if it were not there."""
+    case = Case("conv_ssm", B=2, T=5, picture=(9, 11), U=16, P=17, kernels=kernels, dtype=dtype)
+    inputs = {name: tensor.detach() for name, tensor in case.inputs().items()}
+    good, good_state = seqops.conv_ssm(**inputs)
+    inputs["u"] = inputs["u"].clone()
+    inputs["u"][1, 2, 4, 5, 3] = value
+    y, state = seqops.conv_ssm(**inputs)
+    pixel = torch.zeros(case.picture)
+    pixel[4, 5] = 1
+    in_state = reach(pixel, kernels[0])
+    in_y = reach(in_state, kernels[1])
+    bad = torch.zeros(y.shape[:-1], dtype=torch.bool)
+    bad[1, 2] = in_y | reach(pixel, kernels[2])
+    bad[1, 3:] = in_y
+    assert torch.equal(~y.isfinite().all(-1), bad)
+    assert torch.equal(~state.isfinite().all(-1)[1], in_state) and state[0].isfinite().all()
+    torch.testing.assert_close(y[~bad], good[~bad])
+    torch.testing.assert_close(state[1][~in_state], good_state[1][~in_state])
+
+
+def test_a_gate_of_zero_forgets_a_bad_state() -> None:
+    case = Case("conv_ssm", B=1, T=3, P=2, gaps=True)  # the first of both
+    inputs = {name: tensor.detach().clone() for name, tensor in case.inputs().items()}
+    inputs["initial_state"][..., 0] = torch.nan
+    y, state = seqops.conv_ssm(**inputs)
+    assert y.isfinite().all() and state.isfinite().all()
+    cases.assert_within(
+        dict(zip("01", (y, state), strict=True)), dict(zip("01", case.reference(**inputs), strict=True)), 1e-6
+    )
+
+
+# ---------------------------------------------------------------- blocks and memory
+
+
+def test_size_of_blocks() -> None:
+    """2 MiB of states, or 16 frames, or 64 MiB; on a GPU 64 MiB; never less than one frame."""
+    for device, picture, width, frames in (
+        ("cpu", (16, 16), 64, 16),
+        ("cpu", (8, 8), 64, 64),
+        ("cpu", (64, 64), 128, 16),
+        ("cpu", (256, 256), 128, 1),
+        ("cpu", (512, 512), 128, 1),
+        ("meta", (16, 16), 64, 16),
+    ):
+        assert composed.block_frames(torch.empty(1, 1, *picture, 1, device=device), width) == frames
+    assert composed.block_frames(torch.empty(1, 1, 16, 16, 1, dtype=torch.bfloat16), 64) == 16
+    assert composed.block_frames(torch.empty(1, 1, 16, 16, 1, dtype=torch.float64), 32) == 16
+
+
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (5, 1), (5, 3), (2, 40), (3, 33), (7, 0), (0, 7)])
+def test_blocks_cover_everything_once(B: int, T: int) -> None:
+    u = torch.empty(B, T, 16, 16, 1)
+    rows, steps = composed.blocks_of(u, 64)
+    seen = torch.zeros(B, T, dtype=torch.int64)
+    for row in rows:
+        for step in steps:
+            block = u[slice(*row), slice(*step)]
+            assert block.is_contiguous() and 0 < block.shape[0] * block.shape[1] <= 16
+            seen[slice(*row), slice(*step)] += 1
+    assert (seen == 1).all()
+    assert composed.entering_shape(u, 64)[1] == max(len(steps) - 1, 0)
+
+
+PEAK = """
+import sys, torch, seqops
+from bench import memory
+T, width = 150, 32
+u = torch.randn(2, T, 16, 16, 16, requires_grad=True)
+a = torch.polar(torch.full((width,), 0.9), torch.rand(width)).requires_grad_()
+b, c = (torch.randn(1, 1, *s, dtype=torch.complex64).requires_grad_() for s in ((16, width), (width, 16)))
+def step(u):
+    y, _ = seqops.conv_ssm(u, a, b, c)
+    torch.autograd.grad(y, (u, a, b, c), torch.ones((), dtype=y.dtype).expand(y.shape))
+step(u[:, :4])
+before = memory.read_status("VmRSS")
+memory.reset_peak()
+step(u)
+print(memory.read_status("VmHWM") - before, u.numel() * 4, 8 * 2 * T * 256 * width)
+"""
+
+
+def test_memory_of_a_training_step(run_python: Callable[..., str]) -> None:
+    """y, du, the states at the edges of blocks and a few blocks: far from one set of all states."""
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    peak, frames, states = map(int, run_python(PEAK, **environment).split())
+    blocks = 8 * (2 << 20)
+    assert peak < 2 * frames + states / 16 + blocks + (8 << 20), (peak, frames, states)
+
+
+# ---------------------------------------------------------------- runs, threads, backends
+
+
+@pytest.mark.parametrize("case", params("small", where=lambda case: case.B * case.T > 4))
+def test_two_runs_are_bit_equal(case: Case) -> None:
+    inputs = case.inputs()
+    cases.assert_same_bits(results(case, inputs), results(case, inputs))
+
+
+def test_two_threads() -> None:
+    case = Case("conv_ssm", B=3, T=11, picture=(16, 16), U=16, P=16)
+    inputs = case.inputs()
+    alone = results(case, inputs)
+    torch.set_num_threads(2)
+    together = results(case, inputs)
+    cases.assert_same_bits(results(case, inputs), together)
+    cases.assert_within(together, cases.in_double(alone), 1e-5)
+
+
+def test_autocast_of_another_dtype_changes_nothing() -> None:
+    """Nor does a setting of cuDNN outlive a call."""
+    case = cases.example("conv_ssm", kernels=ONE)
+    inputs = case.inputs()
+    expected = results(case, inputs)
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    try:
+        cudnn.deterministic, cudnn.benchmark = False, True
+        with torch.autocast("cpu", dtype=torch.float16):
+            cases.assert_same_bits(results(case, inputs), expected)
+        assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    monkeypatch.setenv("SEQOPS_SIMULATE", "1")
+    with seqops.backend("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("case", params("small", where=lambda case: case.dtype == torch.float32 and case.U > 3))
+def test_in_the_simulator(case: Case, simulated: None) -> None:
+    """linear_scan in CUDA, between torch's convolutions."""
+    check(case)
+
+
+def test_state_does_not_alias() -> None:
+    """Every result is new memory, for any T."""
+    for T in (0, 1, 3):
+        case = replace(cases.example("conv_ssm"), T=T)
+        inputs = case.inputs()
+        pointers = {tensor.untyped_storage().data_ptr() for tensor in inputs.values() if tensor.numel()}
+        assert not pointers & {o.untyped_storage().data_ptr() for o in case.operator(**inputs) if o.numel()}
