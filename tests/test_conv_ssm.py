@@ -4,9 +4,11 @@ Tests whose cases are marked `small` or `tiny` run again in the CUDA simulator a
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import cases
@@ -346,21 +348,6 @@ def test_autocast_of_another_dtype_changes_nothing() -> None:
         cudnn.deterministic, cudnn.benchmark = before
 
 
-@pytest.fixture
-def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    monkeypatch.setenv("SEQOPS_SIMULATE", "1")
-    with seqops.backend("cuda"):
-        yield
-
-
-@pytest.mark.parametrize("case", params("small", where=lambda case: case.dtype == torch.float32 and case.U > 3))
-def test_in_the_simulator(case: Case, simulated: None) -> None:
-    """linear_scan in CUDA, between torch's convolutions."""
-    check(case)
-
-
 def test_state_does_not_alias() -> None:
     """Every result is new memory, for any T."""
     for T in (0, 1, 3):
@@ -368,3 +355,72 @@ def test_state_does_not_alias() -> None:
         inputs = case.inputs()
         pointers = {tensor.untyped_storage().data_ptr() for tensor in inputs.values() if tensor.numel()}
         assert not pointers & {o.untyped_storage().data_ptr() for o in case.operator(**inputs) if o.numel()}
+
+
+# ---------------------------------------------------------------- other backends
+
+RUNGS = {
+    "simulator": {"SEQOPS_BACKEND": "cuda", "SEQOPS_SIMULATE": "1"},
+    "interpreter": {"SEQOPS_BACKEND": "triton", "TRITON_INTERPRET": "1"},
+}
+IN_RUNG = """
+import sys, pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_rung(rung: str, run_python: Callable[..., str]) -> None:
+    """All marked cases in a process of their own: linear_scan in CUDA, and the joined kernel in Triton."""
+    if rung == "interpreter" and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if rung == "simulator" and shutil.which("g++") is None:
+        pytest.skip("the simulator compiles with g++")
+    mark = "tiny" if rung == "interpreter" else "small"
+    chosen = f"{mark} and not slow and not gpu"
+    output = run_python(IN_RUNG, "-k", "test_values_and_gradients", "-m", chosen, __file__, **RUNGS[rung])
+    assert " passed" in output and " skipped" not in output, output
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_every_launch_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launchers ask for is what `configurations()` names: constants and types of pointers."""
+    launchers = import_module("seqops.ssm.triton_conv_ssm")
+
+    def key(types: dict[str, str], constants: dict[str, Any]) -> tuple[Any, ...]:
+        pointers = (item for item in types.items() if item[0].startswith("p_"))
+        return *sorted(pointers), *sorted(constants.items())
+
+    known = {key(each["types"], each["constants"]) for each in launchers.configurations()}
+    asked = set()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return self.record
+
+        def record(self, **arguments: Any) -> None:
+            tensors = {name: t for name, t in arguments.items() if isinstance(t, Tensor)}
+            types = {name: f"*{launchers.TYPES[t.dtype]}" for name, t in tensors.items()}
+            constants = {n: v for n, v in arguments.items() if n.isupper() and n not in ("M", "T", "I", "O", "P")}
+            asked.add(key(types, constants))
+            chosen = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
+            assert {*arguments} == {*kernel.arg_names} | chosen
+
+    kernel = launchers.kernels.conv_ssm_march
+    monkeypatch.setattr(launchers, "INTERPRETED", True)
+    monkeypatch.setattr(launchers, "kernels", type("Kernels", (), {"conv_ssm_march": Kernel()}))
+    for dtype in launchers.TYPES:
+        for width in (1, 16, 17, 33, 65, 128, 200, 256):
+            for size in (ONE, ((3, 3), (1, 1), (1, 1)), ((1, 1), (1, 1), None), ((2, 2), (1, 1), None)):
+                for rows in (each for each in launchers.tiles.ROWS if launchers.tiles.fits("forward", each, width)):
+                    case = Case("conv_ssm", B=2, T=2, picture=(1, 2), U=2, P=width, kernels=size, dtype=dtype)
+                    given = {name: t.detach() for name, t in case.inputs().items()}
+                    u, a, b, c = (given[name] for name in "uabc")
+                    d, state = given.get("d"), given["initial_state"]
+                    monkeypatch.setattr(launchers, "INTERPRETED_CHOICE", {"joined": 1, "rows": rows})
+                    _, _, entering = launchers.conv_ssm_forward(u, a, b, c, d, state)
+                    if launchers.tiles.fits("backward", rows, width):
+                        launchers.conv_ssm_backward(u, state, u, a, b, c, d, state, entering)
+                        launchers.conv_ssm_backward(u, None, u, a, b, c, d, None, entering, wants_u=False)
+    assert len(asked) > 50
+    assert asked <= known

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "seqops"
-ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/reference.py"))
+ROOMS = sorted({path.parent.name for path in PACKAGE.glob("*/reference*.py")})
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
@@ -78,7 +78,7 @@ def beside(file: str, kind: str) -> Iterator[Path]:
         "op.py": ("composed",),
         "cuda.py": ("composed", "cuda", "tiles"),
         "triton.py": ("composed", "triton", "triton_kernels", "tiles"),
-        "tune.py": ("op", "reference", "tiles", "triton"),
+        "tune.py": ("op", "reference", "tiles", "triton", "tune"),
     }
     room = (PACKAGE / file).parent
     for prefix in below.get(kind, ()):

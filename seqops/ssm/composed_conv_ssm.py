@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,11 +44,19 @@ def block_frames(u: Tensor, width: int) -> int:
     return max(fit, min(FRAMES, MOST_BYTES // frame), 1)
 
 
+def block_steps(u: Tensor, width: int) -> int:
+    """Steps of a block: of one row on the CPU, on a GPU of as many rows as leave FRAMES of them."""
+    frames = block_frames(u, width)
+    if u.device.type != "cuda":
+        return frames
+    return torch.sym_max(frames // torch.sym_max(u.shape[0], 1), min(FRAMES, frames))
+
+
 def entering_shape(u: Tensor, width: int) -> tuple[int, ...]:
     """[B, blocks - 1, Y, X, P]: the states that enter all blocks but the first."""
     batch, steps, rows, columns, _ = u.shape
-    frames = block_frames(u, width)
-    return batch, (steps + frames - 1) // frames - (steps > 0), rows, columns, width
+    each = block_steps(u, width)
+    return batch, (steps + each - 1) // each - (steps > 0), rows, columns, width
 
 
 class Blocks(NamedTuple):
@@ -57,13 +65,13 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(u: Tensor, width: int) -> Blocks:
-    """One row and many steps, or all steps and many rows: either way u and y of a block lie in one piece."""
+    """On the CPU one row and many steps, or all steps and many rows: u and y of a block then lie in one piece."""
     batch, steps = u.shape[:2]
-    frames = block_frames(u, width)
-    together = max(frames // max(steps, 1), 1)
+    each = block_steps(u, width)
+    together = max(block_frames(u, width) // max(min(each, steps), 1), 1)
     return Blocks(
         [(start, min(start + together, batch)) for start in range(0, batch, together)],
-        [(start, min(start + frames, steps)) for start in range(0, steps, frames)],
+        [(start, min(start + each, steps)) for start in range(0, steps, each)],
     )
 
 
@@ -123,7 +131,8 @@ def write_sum(out: Tensor, *terms: Term | None) -> None:
     tensors = [term for term in present if not isinstance(term, Factors)]
     products = [term for term in present if isinstance(term, Factors)]
     precision = precision_of(out.dtype)
-    target = out if out.dtype == precision else torch.empty_like(out, dtype=precision)
+    direct = out.dtype == precision and out.is_contiguous()
+    target = out if direct else torch.empty(out.shape, dtype=precision, device=out.device)
     flat = target.view(-1, out.shape[-1])
     if len(tensors) == 2:
         torch.add(*tensors, out=target.view(tensors[0].shape))
@@ -149,20 +158,63 @@ class Kernels:
         self.c = Kernel(torch.view_as_real(2 * c.conj().resolve_conj()).movedim(-1, -2).flatten(2, 3))
         self.d = None if d is None else Kernel(d.to(self.precision))
 
-    def frames(self, sequence: Tensor, rows: Span, steps: Span) -> Tensor:
-        """A block of a sequence [B, T, Y, X, I], as frames [N, Y, X, I]."""
-        return sequence[slice(*rows), slice(*steps)].to(self.precision).flatten(0, 1).contiguous()
+    def frames(self, sequence: Tensor) -> Tensor:
+        """A block of a sequence [rows, steps, Y, X, I], as frames [N, Y, X, I]."""
+        return sequence.to(self.precision).flatten(0, 1).contiguous()
 
-    def scan(self, frames: Tensor, rows: Span, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The states [rows, steps, Y, X, P] of a block, and the last one."""
-        return ops.linear_scan(self.as_states(self.b.apply(frames), frames, rows), self.a, state)
-
-    def as_states(self, term: Term, frames: Tensor, rows: Span) -> Tensor:
-        """2P channels for each pixel of the frames [N, Y, X, ...] as complex sequences [rows, steps, Y, X, P]."""
+    def as_states(self, term: Term, block: Tensor) -> Tensor:
+        """2P channels of each pixel of a block [rows, steps, Y, X, ...], as complex states [rows, steps, Y, X, P]."""
         values = term.left @ term.right if isinstance(term, Factors) else term.contiguous()
-        count = rows[1] - rows[0]
-        pairs = values.view(count, frames.shape[0] // count, *frames.shape[1:3], self.width, 2)
-        return torch.view_as_complex(pairs)
+        return torch.view_as_complex(values.view(*block.shape[:4], self.width, 2))
+
+    def forward(self, u: Tensor, state: Tensor | None, y: Tensor) -> Tensor:
+        """y of a block [rows, steps, Y, X, U]; returns the state [rows, Y, X, P] after it."""
+        frames = self.frames(u)
+        states, state = self.recall(u, frames, state)
+        skip = None if self.d is None else self.d.apply(frames)
+        write_sum(y, self.c.apply(as_frames(states)), skip)
+        return state
+
+    def recall(self, u: Tensor, frames: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The states [rows, steps, Y, X, P] of a block, and the last one."""
+        return ops.linear_scan(self.as_states(self.b.apply(frames), u), self.a, state)
+
+    def backward(
+        self,
+        sums: Sums,
+        u: Tensor,
+        dy: Tensor | None,
+        state: Tensor | None,
+        dstate: Tensor | None,
+        du: Tensor | None,
+    ) -> Tensor:
+        """du of a block and, added to `sums`, its part in all other gradients.
+
+        `state` entered the block; `dstate` is the gradient of the one that left it. Returns that of `state`.
+        """
+        frames = self.frames(u)
+        states, _ = self.recall(u, frames, state)
+        dstates, through = None, None
+        if dy is not None:
+            grad = self.frames(dy)
+            dstates = self.as_states(self.c.gradients(grad, as_frames(states), sums.dc), dy)
+            if self.d is not None:
+                through = self.d.gradients(grad, frames, sums.dd, du is not None)
+        g, da, dstate = ops.linear_scan_backward(dstates, dstate, self.a, states, state)
+        sums.da.add_(da)
+        dframes = self.b.gradients(as_frames(g), frames, sums.db, du is not None)
+        if du is not None:
+            write_sum(du, dframes, through)
+        return dstate
+
+
+class Sums(NamedTuple):
+    """Gradients of the parameters, in real arithmetic: those of the real kernels that Kernels makes of b and c."""
+
+    da: Tensor  # [1, 1, 1, 1, P] complex
+    db: Tensor  # [kh, kw, U, 2P]
+    dc: Tensor  # [kh, kw, 2P, U]
+    dd: Tensor  # [kh, kw, U, U], or nothing
 
 
 def as_frames(states: Tensor) -> Tensor:
@@ -190,40 +242,74 @@ def exact() -> Iterator[None]:
 
 
 def march(
-    u: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    initial_state: Tensor | None,
-    keep: bool,
+    kernels: Kernels, u: Tensor, a: Tensor, initial_state: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the final state and, with `keep`, the states that enter the blocks."""
-    kernels, blocks = Kernels(u, a, b, c, d), blocks_of(u, a.shape[0])
-    batch, _, height, columns, _ = u.shape
+    blocks = blocks_of(u, kernels.width)
     y = u.new_empty(u.shape)
-    final_state = a.new_empty(batch, height, columns, a.shape[0])
-    entering = a.new_empty(entering_shape(u, a.shape[0])) if keep else None
+    final_state = a.new_empty(u.shape[0], *u.shape[2:4], kernels.width)
+    entering = a.new_empty(entering_shape(u, kernels.width)) if keep else None
     for rows in blocks.rows:
         mine = slice(*rows)
         state = None if initial_state is None else initial_state[mine]
         for i, steps in enumerate(blocks.steps):
             if entering is not None and i > 0:
                 entering[mine, i - 1] = state
-            frames = kernels.frames(u, rows, steps)
-            states, state = kernels.scan(frames, rows, state)
-            skip = None if kernels.d is None else kernels.d.apply(frames)
-            write_sum(y[mine, slice(*steps)], kernels.c.apply(as_frames(states)), skip)
+            state = kernels.forward(u[mine, slice(*steps)], state, y[mine, slice(*steps)])
         final_state[mine] = 0 if state is None else state
     return y, final_state, entering
+
+
+def march_back(
+    kernels: Kernels,
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    initial_state: Tensor | None,
+    entering: Tensor,
+    wants_u: bool,
+) -> tuple[Tensor, ...]:
+    """All gradients; those of d and of a u that is not wanted are empty."""
+    blocks, width = blocks_of(u, kernels.width), kernels.width
+    real = {"dtype": kernels.precision, "device": u.device}
+    du = u.new_empty(u.shape if wants_u else 0)
+    dinitial_state = a.new_empty(u.shape[0], *u.shape[2:4], width)
+    sums = Sums(
+        torch.zeros_like(kernels.a),
+        torch.zeros(*b.shape[:3], 2 * width, **real),
+        torch.zeros(*c.shape[:2], 2 * width, c.shape[3], **real),
+        torch.zeros((0,) if d is None else d.shape, **real),
+    )
+    for rows in blocks.rows:
+        mine = slice(*rows)
+        first = None if initial_state is None else initial_state[mine]
+        dstate = None if dfinal_state is None else dfinal_state[mine]
+        for i, steps in reversed([*enumerate(blocks.steps)]):
+            block = mine, slice(*steps)
+            state = entering[mine, i - 1] if i else first
+            into = du[block] if wants_u else None
+            dstate = kernels.backward(sums, u[block], None if dy is None else dy[block], state, dstate, into)
+        dinitial_state[mine] = 0 if dstate is None else dstate
+
+    db = torch.view_as_complex(sums.db.unflatten(-1, (width, 2)))
+    # Of (2 Re c, -2 Im c).
+    dc = torch.view_as_complex(sums.dc.unflatten(2, (width, 2)).movedim(3, -1).contiguous())
+    dc = (2 * dc).conj().resolve_conj()
+    return du, sums.da.flatten(), db, dc, sums.dd if d is None else sums.dd.to(d.dtype), dinitial_state
+
+
+# ---- operators
 
 
 def conv_ssm(
     u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None = None, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     with exact():
-        y, final_state, _ = march(u, a, b, c, d, initial_state, False)
-    return y, final_state
+        return march(Kernels(u, a, b, c, d), u, a, initial_state, False)[:2]
 
 
 def conv_ssm_forward(
@@ -231,16 +317,10 @@ def conv_ssm_forward(
 ) -> tuple[Tensor, ...]:
     """Also the states that enter the blocks, [B, blocks - 1, Y, X, P]."""
     with exact():
-        return march(u, a, b, c, d, initial_state, True)
+        return march(Kernels(u, a, b, c, d), u, a, initial_state, True)
 
 
-def conv_ssm_backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-    """All gradients; those of d and of a u that is not wanted are empty."""
-    with exact():
-        return march_back(*arguments, **options)
-
-
-def march_back(
+def conv_ssm_backward(
     dy: Tensor | None,
     dfinal_state: Tensor | None,
     u: Tensor,
@@ -253,39 +333,5 @@ def march_back(
     *,
     wants_u: bool = True,
 ) -> tuple[Tensor, ...]:
-    kernels, blocks = Kernels(u, a, b, c, d), blocks_of(u, a.shape[0])
-    batch, _, height, columns, _ = u.shape
-    real = {"dtype": kernels.precision, "device": u.device}
-    du = u.new_empty(u.shape if wants_u else 0)
-    da = torch.zeros_like(kernels.a)
-    db = torch.zeros(*b.shape[:3], 2 * kernels.width, **real)
-    dc = torch.zeros(*c.shape[:2], 2 * kernels.width, c.shape[3], **real)
-    dd = torch.zeros((0,) if d is None else d.shape, **real)
-    dinitial_state = a.new_empty(batch, height, columns, kernels.width)
-
-    for rows in blocks.rows:
-        mine = slice(*rows)
-        dstate = None if dfinal_state is None else dfinal_state[mine]
-        for i, steps in reversed([*enumerate(blocks.steps)]):
-            initial = None if initial_state is None else initial_state[mine]
-            state = entering[mine, i - 1].contiguous() if i else initial
-            frames = kernels.frames(u, rows, steps)
-            states, _ = kernels.scan(frames, rows, state)
-            dstates, through = None, None
-            if dy is not None:
-                grad = kernels.frames(dy, rows, steps)
-                dstates = kernels.as_states(kernels.c.gradients(grad, as_frames(states), dc), grad, rows)
-                if kernels.d is not None:
-                    through = kernels.d.gradients(grad, frames, dd, wants_u)
-            g, dgate, dstate = ops.linear_scan_backward(dstates, dstate, kernels.a, states, state)
-            da += dgate
-            dframes = kernels.b.gradients(as_frames(g), frames, db, wants_u)
-            if wants_u:
-                write_sum(du[mine, steps[0] : steps[1]], dframes, through)
-        dinitial_state[mine] = 0 if dstate is None else dstate
-
-    db = torch.view_as_complex(db.unflatten(-1, (kernels.width, 2)))
-    # Of (2 Re c, -2 Im c).
-    pairs = dc.unflatten(2, (kernels.width, 2)).movedim(3, -1).contiguous()
-    dc = 2 * torch.view_as_complex(pairs).conj().resolve_conj()
-    return du, da.flatten(), db, dc, dd if d is None else dd.to(d.dtype), dinitial_state
+    with exact():
+        return march_back(Kernels(u, a, b, c, d), dy, dfinal_state, u, a, b, c, d, initial_state, entering, wants_u)

@@ -166,12 +166,15 @@ def table(op: str) -> list[Case]:
         *(make(B=1, T=3, dtype=dtype, d_dtype=torch.float32).with_marks("small") for dtype in NARROW),
         # Nothing to do.
         *(
-            make(B=B, T=T, kernels=kernels, state=state).with_marks("small", "sanitize", "tiny")
+            make(B=B, T=T, kernels=kernels, state=state).with_marks(
+                "small", "sanitize", *(["tiny"] if kernels == one else [])
+            )
             for (B, T), state in (((0, 5), True), ((3, 0), True), ((3, 0), False), ((0, 0), False))
             for kernels in (one, ((3, 3), (3, 3), (3, 3)))
         ),
         # Layouts.
-        *(make(B=2, T=5, layout=name, kernels=one).with_marks("small", "tiny") for name in LAYOUTS[1:]),
+        make(B=2, T=5, layout="transposed", kernels=one).with_marks(*everywhere),
+        *(make(B=2, T=5, layout=name, kernels=one).with_marks("small") for name in LAYOUTS[1:]),
         *(make(B=2, T=5, layout=name).with_marks("small") for name in LAYOUTS[1:]),
         # Several blocks: a frame's states are 512 KB here, and a row has 35 of them.
         make(B=1, T=35, picture=(64, 32), U=2, P=32, kernels=((1, 1), (3, 3), (1, 1))),

@@ -1,0 +1,5 @@
+"""What can be tuned of the room."""
+
+from . import tune_conv_ssm
+
+TARGETS = [*tune_conv_ssm.TARGETS]
