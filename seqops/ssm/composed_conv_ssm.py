@@ -25,7 +25,7 @@ from torch.nn.functional import conv2d, pad
 ops = torch.ops.seqops
 
 # Bytes of the states of a block, by device: on the CPU what its caches hold, on a GPU what occupies it.
-BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 # Where frames are large, a block has this many of them up to this many bytes: one state in 16 is kept.
 FRAMES, MOST_BYTES = 16, 64 << 20
 

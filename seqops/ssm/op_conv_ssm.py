@@ -255,7 +255,7 @@ def conv_ssm(
         RuntimeError: if a second derivative is taken, or a forced backend cannot serve the call.
         NotImplementedError: in forward-mode differentiation.
 
-    Memory: states of one block of frames (on the CPU 2 MiB of them, on a GPU 64 MiB, or 16 frames of one row where
+    Memory: states of one block of frames (on the CPU 4 MiB of them, on a GPU 64 MiB, or 16 frames of one row where
     those are more). A gradient keeps the arguments, and one state a block.
 
     Smith, De Mello, Kautz, Linderman and Byeon, "Convolutional state space models for long-range spatiotemporal
