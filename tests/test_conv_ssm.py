@@ -284,6 +284,7 @@ def test_blocks_cover_everything_once(B: int, T: int, device: str) -> None:
         rows, steps = composed.blocks_of(u, 64)
         assert composed.entering_shape(u, 64)[1] == max(len(steps) - 1, 0)
         most = composed.block_frames(u, 64)
+        assert T != 1 or len(rows) == 1
         assert device == "cpu" or len(steps) <= 2 or steps[0][1] >= 16
     seen = torch.zeros(B, T, dtype=torch.int64)
     for row in rows:
@@ -353,16 +354,23 @@ def test_two_threads() -> None:
 
 
 def test_autocast_of_another_dtype_changes_nothing() -> None:
-    """Nor does a setting of cuDNN outlive a call."""
     case = cases.example("conv_ssm", kernels=ONE)
     inputs = case.inputs()
     expected = results(case, inputs)
+    with torch.autocast("cpu", dtype=torch.float16):
+        cases.assert_same_bits(results(case, inputs), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_settings_of_cudnn_are_put_back(device: str) -> None:
+    """Deterministic on a GPU while a call lasts, even one that fails; nothing is touched on the CPU."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     try:
         cudnn.deterministic, cudnn.benchmark = False, True
-        with torch.autocast("cpu", dtype=torch.float16):
-            cases.assert_same_bits(results(case, inputs), expected)
+        with pytest.raises(KeyError), composed.exact(torch.device(device)):
+            assert cudnn.deterministic == (device == "cuda") and cudnn.benchmark == (device == "cpu")
+            raise KeyError
         assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
     finally:
         cudnn.deterministic, cudnn.benchmark = before

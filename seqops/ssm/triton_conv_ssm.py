@@ -234,7 +234,7 @@ def kernels_of(walk: str, u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor 
 def conv_ssm(
     u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None = None, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    with composed.exact():
+    with composed.exact(u.device):
         return composed.march(kernels_of("forward", u, a, b, c, d), u, a, initial_state, False)[:2]
 
 
@@ -242,7 +242,7 @@ def conv_ssm_forward(
     u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None = None, initial_state: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Also the states that enter the blocks, [B, blocks - 1, Y, X, P]."""
-    with composed.exact():
+    with composed.exact(u.device):
         return composed.march(kernels_of("forward", u, a, b, c, d), u, a, initial_state, True)
 
 
@@ -259,7 +259,7 @@ def conv_ssm_backward(
     *,
     wants_u: bool = True,
 ) -> tuple[Tensor, ...]:
-    with composed.exact():
+    with composed.exact(u.device):
         mine = kernels_of("backward", u, a, b, c, d)
         return composed.march_back(mine, dy, dfinal_state, u, a, b, c, d, initial_state, entering, wants_u)
 
