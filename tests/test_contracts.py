@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case, conv_ssm, example, params, rnn, scan
+from cases import Case, as_tuple, conv_ssm, example, params, rnn, scan, ssm_kernel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,6 +53,7 @@ VARIANTS = with_options(
     *every(scan.OPERATORS, {}, {"reverse": True}, PACKED),
     *every(("linear_scan",), {"gate": "B1"}, {"gate": ""}, {"gate": "T0", **PACKED}),
     *every(conv_ssm.OPERATORS, {"U": 2, "P": 3}),
+    *every(ssm_kernel.OPERATORS, {"T": 6}),
 )
 
 
@@ -93,6 +94,7 @@ def checked_cases() -> list[Any]:
         *params("small", where=lambda case: not case.states, operators=rnn.OPERATORS),
         *params("small", where=of_scan, operators=scan.OPERATORS),
         *params("small", where=lambda case: case.layout == "contiguous" and case.B > 0, operators=conv_ssm.OPERATORS),
+        *params("small", where=lambda case: case.layout == "contiguous", operators=ssm_kernel.OPERATORS),
     ]
 
 
@@ -214,7 +216,7 @@ def loss_of(function: Callable[..., tuple[Tensor, ...]], options: dict[str, Any]
     def parts(output: Tensor) -> Tensor:
         return torch.view_as_real(output) if output.is_complex() else output
 
-    return lambda *values: sum(parts(output).sin().sum() for output in function(*values, **options))
+    return lambda *values: sum(parts(output).sin().sum() for output in as_tuple(function)(*values, **options))
 
 
 def jacobians(f: Callable[..., Tensor], values: tuple[Tensor, ...]) -> Any:
@@ -320,7 +322,7 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
     options = reversed_if_possible(op) | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:
-        outputs = getattr(torch.ops.seqops, op)(*values, **options)
+        outputs = as_tuple(getattr(torch.ops.seqops, op))(*values, **options)
         return tuple(output * 2 for output in outputs)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -408,7 +410,7 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
         def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
             named = dict(zip(reversed(last), reversed(values), strict=False))
             named |= reversed_if_possible(op)
-            return getattr(torch.ops.seqops, op)(*values[: len(values) - len(last)], **named)
+            return as_tuple(getattr(torch.ops.seqops, op))(*values[: len(values) - len(last)], **named)
 
     def arguments(B: int, T: int) -> tuple[Tensor, ...]:
         inputs = example(op, B=B, T=T, **options).inputs()
@@ -636,7 +638,7 @@ def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
     named = {a.name: inputs[a.name] for a in overload._schema.arguments if a.kwarg_only and a.name in inputs}
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with torch.no_grad():
-        return overload.redispatch(keys, *positional, **named)
+        return as_tuple(overload.redispatch)(keys, *positional, **named)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this key has kernels")

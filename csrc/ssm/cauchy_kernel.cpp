@@ -14,13 +14,13 @@ namespace seqops::SEQOPS_ISA {
 namespace {
 
 template <class T>
-SEQOPS_INLINE Vector<T> size_of(Vector<T> x) {
-  return (Vector<T>)((Bits<T>)x & ~(Bits<T>)constant<T>(-0.0));
+SEQOPS_INLINE Vector<T> larger(Vector<T> a, Vector<T> b) {
+  return a > b ? a : b;
 }
 
 template <class T>
-SEQOPS_INLINE Vector<T> larger(Vector<T> a, Vector<T> b) {
-  return a > b ? a : b;
+SEQOPS_INLINE Vector<T> size_of(Vector<T> x) {
+  return larger<T>(x, -x);
 }
 
 // 2^-e where the largest of three numbers is in [2^e, 2^(e + 1)); kept within what its reciprocal can be.
