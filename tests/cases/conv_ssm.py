@@ -150,6 +150,8 @@ def table(op: str) -> list[Case]:
         make(B=2, T=6, gaps=True).with_marks(*everywhere, "sanitize"),
         make(B=2, T=9, picture=(3, 7), U=5, P=17, kernels=one).with_marks(*everywhere, "sanitize"),
         make(B=1, T=5, picture=(3, 7), U=5, P=17, kernels=((3, 3), (1, 1), None)).with_marks(*everywhere),
+        # More channels than a block of states or outputs has.
+        make(B=1, T=3, picture=(1, 2), U=70, P=100, kernels=one).with_marks(*everywhere),
         make(B=1, T=5, picture=(2, 2), U=2, P=3, kernels=((1, 1), (1, 1), (3, 3)), gaps=True).with_marks("small"),
         make(B=1, T=5, picture=(2, 2), U=2, P=3, kernels=((1, 1), (3, 3), (1, 1))).with_marks("small"),
         make(B=2, T=4, picture=(5, 2), kernels=((2, 4), (4, 1), (5, 3)), state=False).with_marks("small"),
