@@ -1,4 +1,4 @@
-"""What the tuner solves for conv_ssm's Triton kernel: whether it pays to join scan and products, and its pixels.
+"""What the tuner solves for conv_ssm's Triton kernel: whether it pays to join scan and products.
 
 The joined kernel moves no states through memory but walks time step by step, all pixels side by side: it needs many
 pixels. Apart, cuBLAS and the parallel scan fill a GPU whatever the shape, and move every state four times.
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..tune import csp
 
-ROWS = (16, 32)  # pixels of a program: least for tensor cores, and twice that
+ROWS = (16,)  # pixels of a program: the least that tensor cores take; with 32 the compiler spills
 WIDTHS = (16, 32, 64)  # channels of a block of the state
 POWERS = tuple(1 << i for i in range(21))
 FLOATS = {"forward": 3, "recall": 5, "backward": 5}  # numbers a state that a step holds, each of two floats
@@ -33,8 +33,6 @@ def warps(width: int) -> int:
 def fits(walk: str, rows: int, width: int) -> bool:
     """Whether what a step holds leaves registers for the products."""
     count, wide = blocks(width)
-    if rows > ROWS[0] and wide < WIDTHS[-1]:
-        return False  # four warps spill here
     return FLOATS[walk] * 2 * rows * count * wide <= THREAD * 32 * warps(width)
 
 

@@ -1,4 +1,4 @@
-"""What can be tuned of conv_ssm: whether Triton's kernel joins the scan with the products, and its pixels."""
+"""What can be tuned of conv_ssm: whether Triton's kernel joins the scan with the products."""
 
 from __future__ import annotations
 
