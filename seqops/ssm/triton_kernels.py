@@ -161,10 +161,11 @@ def scale_of(x, q, r, REAL: tl.constexpr):
         largest = tl.minimum(tl.maximum(largest, 1.1754943508222875e-38), 8.507059173023462e37)
         bits = largest.to(tl.int32, bitcast=True)
         return (0x7F000000 - ((bits >> 23) << 23)).to(tl.float32, bitcast=True)
-    largest = tl.maximum(tl.abs(x), tl.maximum(tl.abs(q), tl.abs(r)))
-    largest = tl.minimum(tl.maximum(largest, 2.2250738585072014e-308), 4.49423283715579e307)
-    bits = largest.to(tl.int64, bitcast=True)
-    return (0x7FE0000000000000 - ((bits >> 52) << 52)).to(tl.float64, bitcast=True)
+    else:
+        largest = tl.maximum(tl.abs(x), tl.maximum(tl.abs(q), tl.abs(r)))
+        largest = tl.minimum(tl.maximum(largest, 2.2250738585072014e-308), 4.49423283715579e307)
+        bits = largest.to(tl.int64, bitcast=True)
+        return (0x7FE0000000000000 - ((bits >> 52) << 52)).to(tl.float64, bitcast=True)
 
 
 @triton.jit
