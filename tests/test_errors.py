@@ -51,6 +51,10 @@ GOOD = {
         "b": of(3, 3, 8, 7, dtype=torch.complex64),
         "c": of(1, 2, 7, 8, dtype=torch.complex64),
     },
+    "ssm_kernel": {"z": of(2, 5, dtype=torch.complex64), "c": of(2, 5, dtype=torch.complex64), "length": 7},
+    "cauchy_kernel": {
+        name: of(*s, dtype=torch.complex64) for name, s in (("v", (2, 5)), ("nodes", (7,)), ("w", (2, 5)))
+    },
 }
 # What else may be given, with its shape.
 OTHERS = {
@@ -58,6 +62,8 @@ OTHERS = {
     "linear_scan": {"initial_state": (2, 8)},
     "softmax_scan": {"initial_lse": (2, 3), "initial_out": (2, 3, 8)},
     "conv_ssm": {"d": (1, 1, 8, 8), "initial_state": (2, 4, 6, 7)},
+    "ssm_kernel": {},
+    "cauchy_kernel": {},
 }
 HALF = {"wx": of(2, 5, 4, 1, 8, dtype=torch.bfloat16), "r": of(4, 1, 8, 8, dtype=torch.bfloat16)}
 
@@ -337,8 +343,25 @@ CONV_SSM = [
     # Of several mistakes the first in the order of the arguments is told.
     ("b: expected complex64, got float32", {"b": of(3, 3, 8, 7), "c": of(1), "initial_state": of(1)}),
 ]
+KERNELS = [
+    ("ssm_kernel", "z: expected 2 dimensions [H, N], got shape [2, 5, 1]", {"z": of(2, 5, 1, dtype=torch.complex64)}),
+    ("ssm_kernel", "z: expected complex64 or complex128, got float32", {"z": of(2, 5)}),
+    ("ssm_kernel", "c: expected [H, N] = [2, 5], got [2, 4]", {"c": of(2, 4, dtype=torch.complex64)}),
+    ("ssm_kernel", "c: expected complex64, got complex128", {"c": of(2, 5, dtype=torch.complex128)}),
+    ("ssm_kernel", "c: expected complex64, got float32", {"c": of(2, 5)}),
+    ("ssm_kernel", "length: expected 0 or more, got -1", {"length": -1}),
+    ("ssm_kernel", "c: expected [H, N] = [2, 5], got [5]", {"c": of(5), "length": -1}),
+    ("cauchy_kernel", "v: expected 2 dimensions [H, N], got shape [5]", {"v": of(5, dtype=torch.complex64)}),
+    ("cauchy_kernel", "v: expected complex64 or complex128, got bfloat16", {"v": of(2, 5, dtype=torch.bfloat16)}),
+    ("cauchy_kernel", "nodes: expected 1 dimension [L], got shape [1, 7]", {"nodes": of(1, 7, dtype=torch.complex64)}),
+    ("cauchy_kernel", "nodes: expected complex64, got float32", {"nodes": of(7)}),
+    ("cauchy_kernel", "w: expected [H, N] = [2, 5], got [5, 2]", {"w": of(5, 2, dtype=torch.complex64)}),
+    ("cauchy_kernel", "w: expected complex64, got complex128", {"w": of(2, 5, dtype=torch.complex128)}),
+    ("cauchy_kernel", "nodes: expected complex64, got int64", {"nodes": of(7, dtype=torch.int64), "w": of(1)}),
+]
 MISTAKES = [
     *RNN,
+    *(Mistake(op, text, change) for op, text, change in KERNELS),
     *(Mistake("conv_ssm", text, change) for text, change in CONV_SSM),
     *(Mistake("linear_scan", text, change) for text, change in LINEAR),
     *(Mistake("softmax_scan", text, change) for text, change in SOFTMAX),
@@ -424,7 +447,8 @@ def test_message_without_values(mistake: Mistake, path: Callable[..., Any]) -> N
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_devices_must_agree(op: str) -> None:
     (first, make_first), *rest = GOOD[op].items()
-    shapes = {first: make_first("cpu").shape, **{name: make("cpu").shape for name, make in rest}, **OTHERS[op]}
+    made = {name: make("cpu").shape for name, make in rest if callable(make)}
+    shapes = {first: make_first("cpu").shape, **made, **OTHERS[op]}
     for name in shapes:
         if name == first:
             continue
@@ -478,6 +502,12 @@ def of_backward(op: str) -> dict[str, Tensor | None]:
     if op == "linear_scan_backward":
         x = torch.zeros(2, 5, 3)
         return {"dh": x, "dfinal_state": x[:, 0], "a": x, "h": x, "initial_state": x[:, 0]}
+    if op == "ssm_kernel_backward":
+        z = torch.zeros(2, 5) + 0j
+        return {"dk": torch.zeros(2, 7), "z": z, "c": z}
+    if op == "cauchy_kernel_backward":
+        v = torch.zeros(2, 5) + 0j
+        return {"dy": torch.zeros(2, 7) + 0j, "v": v, "nodes": torch.zeros(7) + 0j, "w": v}
     if op == "conv_ssm_backward":
         u, a, x = torch.zeros(2, 5, 1, 3, 4), torch.zeros(6) + 0j, torch.zeros(2, 1, 3, 6) + 0j
         b, c, d = (torch.zeros(1, 1, *sizes) for sizes in ((4, 6), (6, 4), (4, 4)))
@@ -547,6 +577,13 @@ BACKWARD_MISTAKES = [
         "entering: expected [B, blocks - 1, Y, X, P] = [2, 0, 1, 3, 6], got [2, 1, 1, 3, 6]",
     ),
     ("conv_ssm_backward", {"a": torch.zeros(6)}, "a: expected complex64, got float32"),
+    ("ssm_kernel_backward", {"dk": torch.zeros(7)}, "dk: expected 2 dimensions [H, length], got shape [7]"),
+    ("ssm_kernel_backward", {"dk": torch.zeros(3, 7)}, "dk: expected [H, length] = [2, 7], got [3, 7]"),
+    ("ssm_kernel_backward", {"dk": torch.zeros(2, 7) + 0j}, "dk: expected float32, got complex64"),
+    ("ssm_kernel_backward", {"c": torch.zeros(2, 4) + 0j}, "c: expected [H, N] = [2, 5], got [2, 4]"),
+    ("cauchy_kernel_backward", {"dy": torch.zeros(2, 6) + 0j}, "dy: expected [H, L] = [2, 7], got [2, 6]"),
+    ("cauchy_kernel_backward", {"dy": torch.zeros(2, 7)}, "dy: expected complex64, got float32"),
+    ("cauchy_kernel_backward", {"w": torch.zeros(2) + 0j}, "w: expected [H, N] = [2, 5], got [2]"),
     ("softmax_scan_backward", {"initial_out": None}, "initial_out: expected together with initial_lse, got None"),
 ]
 

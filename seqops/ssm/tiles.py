@@ -11,7 +11,7 @@ from ..tune import csp
 
 POWERS = tuple(1 << i for i in range(18))
 COLUMNS, ROWS = (32, 64, 128), (8, 16, 32)
-BLOCKS = (128, 256, 512)
+BLOCKS = (64, 128, 256, 512)
 WARPS = 4  # of a program
 TILES = {4: 2048, 8: 1024}  # numbers of the largest tile, by their bytes: 16, or 8 doubles, a thread
 HEADS = 8  # of which gradients of nodes are one sum
@@ -45,7 +45,7 @@ def problem_of_cauchy(device: Any, key: Any) -> csp.Problem:
     double = key.dtype == "complex128"
     backward = ".backward" in key.kernel
     p = csp.Problem(str(key))
-    block = p.int("block", values=BLOCKS[:1] if double else BLOCKS)
+    block = p.int("block", values=BLOCKS)
     together = HEADS if backward else 1
     programs = csp.ceildiv(nodes, block) * (-(-heads // together) if backward else heads)
     cycle = 1e-3 / device.clock_ghz

@@ -36,7 +36,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 # In the interpreter, which has no device to choose for: short cases have several tiles.
 INTERPRETED_CHOICE = {"columns": 8, "rows": 4, "block": 16}
 OPTIONS = {"num_warps": tiles.WARPS, "num_stages": 1, "enable_fp_fusion": True, "maxnreg": 255}
-TABLE = 256  # numbers of a program of `powers`
+TABLES = (128, 512)  # numbers of a program of `powers`: of small tables, and of others
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 SOURCES = (tiles.__file__, __file__, str(Path(__file__).with_name("triton_kernels.py")))
@@ -80,8 +80,9 @@ def powers(z: Tensor, c: Tensor | None, count: int, step: int) -> Tensor:
     heads, modes = z.shape[:2]
     table = z.new_empty(heads, count, modes, 2)
     arguments = {"p_z": z, "p_c": z if c is None else c, "p_table": table, "N": modes, "count": count, "step": step}
-    constants = {"SCALED": c is not None, "BLOCK": TABLE}
-    launch(kernels.powers, z, (-(-count * modes // TABLE), heads), arguments | constants)
+    block = TABLES[count * modes >= 4096]
+    constants = {"SCALED": c is not None, "BLOCK": block}
+    launch(kernels.powers, z, (-(-count * modes // block), heads), arguments | constants)
     return table
 
 
@@ -204,13 +205,13 @@ def ours() -> Iterator[dict[str, Any]]:
         return {"kernel": kernel, "types": pointers | sizes, "constants": constants, "options": OPTIONS}
 
     for real, size in (("fp32", 4), ("fp64", 8)):
-        for scaled in (False, True):
-            yield listed(kernels.powers, real, {"SCALED": scaled, "BLOCK": TABLE})
+        for scaled, block in itertools.product((False, True), TABLES):
+            yield listed(kernels.powers, real, {"SCALED": scaled, "BLOCK": block})
         for columns, rows in itertools.product(tiles.COLUMNS, tiles.ROWS):
             if columns * rows <= tiles.TILES[size]:
                 for kernel in (kernels.ssm_kernel_forward, kernels.ssm_kernel_backward):
                     yield listed(kernel, real, {"C": columns, "R": rows})
-        for block in tiles.BLOCKS if size == 4 else tiles.BLOCKS[:1]:
+        for block in tiles.BLOCKS:
             yield listed(kernels.cauchy_kernel_forward, real, {"BLOCK": block})
             for nodes in (False, True):
                 yield listed(kernels.cauchy_kernel_backward, real, {"NODES": nodes, "BLOCK": block})
