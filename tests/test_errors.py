@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqops
+from seqops.core import backend as backends
 from seqops.rnn.op import check_for_gpu
 
 
@@ -408,8 +409,10 @@ def under_reference(op: str, **inputs: Any) -> Any:
 
 
 def under_simulator(op: str, **inputs: Any) -> Any:
-    with pytest.MonkeyPatch.context() as patch, seqops.backend("cuda"):
-        patch.setenv("SEQOPS_SIMULATE", "1")
+    """Or in the interpreter, where there are kernels in Triton only."""
+    name = next(name for _, public, name in backends.kernels() if op == public)
+    with pytest.MonkeyPatch.context() as patch, seqops.backend(name):
+        patch.setenv({"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name], "1")
         return getattr(seqops, op)(**inputs)
 
 
@@ -446,14 +449,16 @@ def test_message_without_values(mistake: Mistake, path: Callable[..., Any]) -> N
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_devices_must_agree(op: str) -> None:
-    (first, make_first), *rest = GOOD[op].items()
-    made = {name: make("cpu").shape for name, make in rest if callable(make)}
-    shapes = {first: make_first("cpu").shape, **made, **OTHERS[op]}
+    first = next(iter(GOOD[op]))
+    made = {name: make("cpu") for name, make in GOOD[op].items() if callable(make)}
+    shapes = {**{name: t.shape for name, t in made.items()}, **OTHERS[op]}
+    # Where the first one is complex, all are.
+    dtype = made[first].dtype
     for name in shapes:
         if name == first:
             continue
         for ours, theirs in (("cpu", "meta"), ("meta", "cpu")):
-            change = {n: of(*s, device=theirs if n == name else ours) for n, s in shapes.items()}
+            change = {n: of(*s, dtype=dtype, device=theirs if n == name else ours) for n, s in shapes.items()}
             mistake = Mistake(op, f"{name}: expected {first}'s device {ours}, got {theirs}", change)
             with refused(mistake):
                 public(op, **arguments(mistake, ours))
