@@ -24,5 +24,6 @@
 | `gpu.py`, `watch.py`, `lines.py` | the GPU run; the pytest plugin that keeps what its tests do; what both agree on |
 | `hardware.py` | which kernel passed on which GPU, and the page |
 
-A new room adds `bench/<room>.py` with a list `CASES`; it is found by the name of its package in `seqops`.
+A new room adds `bench/<room>.py` with a list `CASES`, or `bench/<operator>.py` for one of its operators; they are found
+by the names of the packages in `seqops` and of the operators.
 """

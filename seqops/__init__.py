@@ -14,8 +14,21 @@ from . import _C, nn  # noqa: F401  _C registers torch.ops.seqops
 from .core.backend import backend, read_environment
 from .rnn import elman, gru, lstm, slstm
 from .scan import linear_scan, softmax_scan
+from .ssm import cauchy_kernel, conv_ssm, ssm_kernel
 
 read_environment()
 
 __version__ = "0.1.0"
-__all__ = ["backend", "elman", "gru", "linear_scan", "lstm", "nn", "slstm", "softmax_scan"]
+__all__ = [
+    "backend",
+    "cauchy_kernel",
+    "conv_ssm",
+    "elman",
+    "gru",
+    "linear_scan",
+    "lstm",
+    "nn",
+    "slstm",
+    "softmax_scan",
+    "ssm_kernel",
+]

@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case, example, params, rnn, scan
+from cases import Case, as_tuple, conv_ssm, example, params, rnn, scan, ssm_kernel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,11 +38,22 @@ def every(operators: tuple[str, ...], *options: dict[str, Any]) -> list[tuple[st
 
 
 PACKED = {"B": 1, "T": 7, "packed": True}
+REVERSED = {"reverse": True}
+
+
+def reversed_if_possible(op: str) -> dict[str, Any]:
+    """The option, for operators that have it."""
+    schema = getattr(torch.ops.seqops, op).default._schema
+    return REVERSED if any(argument.name == "reverse" for argument in schema.arguments) else {}
+
+
 # Every way of an operator to treat its arguments apart.
 VARIANTS = with_options(
     *every(rnn.OPERATORS, {"lengths": True, "reverse": True, "grad_clip": 0.3}),
     *every(scan.OPERATORS, {}, {"reverse": True}, PACKED),
     *every(("linear_scan",), {"gate": "B1"}, {"gate": ""}, {"gate": "T0", **PACKED}),
+    *every(conv_ssm.OPERATORS, {"U": 2, "P": 3}),
+    *every(ssm_kernel.OPERATORS, {"T": 6}),
 )
 
 
@@ -82,6 +93,8 @@ def checked_cases() -> list[Any]:
         *params("small", where=lambda case: case.B * case.T == 0 < case.B + case.T, operators=rnn.OPERATORS),
         *params("small", where=lambda case: not case.states, operators=rnn.OPERATORS),
         *params("small", where=of_scan, operators=scan.OPERATORS),
+        *params("small", where=lambda case: case.layout == "contiguous" and case.B > 0, operators=conv_ssm.OPERATORS),
+        *params("small", where=lambda case: case.layout == "contiguous", operators=ssm_kernel.OPERATORS),
     ]
 
 
@@ -124,10 +137,13 @@ def test_schema_is_the_public_signature(op: str) -> None:
 
 # ---------------------------------------------------------------- autograd
 
+# Where an example has many numbers: finite differences take two calls for each.
+FEWER = {"conv_ssm": {"B": 2, "T": 3, "picture": (2, 2), "U": 2, "P": 2, "kernels": ((2, 3), (1, 2), (1, 1))}}
+
 
 def gradient_case(op: str, **options: Any) -> tuple[Case, dict[str, Any], dict[str, Tensor], Callable[..., Any]]:
     """A float64 case, its inputs, its leaves, and the operator as a function of the leaves in that order."""
-    case = example(op, **({"T": 4, "dtype": torch.float64} | options))
+    case = example(op, **({"T": 4, "dtype": torch.float64} | FEWER.get(op, {}) | options))
     inputs = case.inputs()
     if op in rnn.OPERATORS and case.lengths:
         with torch.no_grad():  # finite differences of NaN are NaN
@@ -159,7 +175,9 @@ def test_gradcheck_relu() -> None:
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_second_derivative_is_refused(op: str) -> None:
     _, _, leaves, call = gradient_case(op)
-    gradients = torch.autograd.grad(call(*leaves.values())[0].square().sum(), [*leaves.values()], create_graph=True)
+    gradients = torch.autograd.grad(
+        call(*leaves.values())[0].abs().square().sum(), [*leaves.values()], create_graph=True
+    )
     for gradient in gradients:
         if gradient.requires_grad:
             with pytest.raises(RuntimeError) as caught:
@@ -196,27 +214,46 @@ def test_forward_mode_is_refused(op: str) -> None:
 
 def loss_of(function: Callable[..., tuple[Tensor, ...]], options: dict[str, Any]) -> Callable[..., Tensor]:
     """A scalar of every output, of the positional tensors."""
-    return lambda *values: sum(output.sin().sum() for output in function(*values, **options))
+
+    def parts(output: Tensor) -> Tensor:
+        return torch.view_as_real(output) if output.is_complex() else output
+
+    return lambda *values: sum(parts(output).sin().sum() for output in as_tuple(function)(*values, **options))
+
+
+def jacobians(f: Callable[..., Tensor], values: tuple[Tensor, ...]) -> Any:
+    """With respect to the first two arguments, or the one of them that is real: jacrev takes no others."""
+    real = [i for i in (0, 1) if not values[i].is_complex()]
+    if not real:
+        pairs = [torch.view_as_real(value.resolve_conj()) for value in values[:2]]
+        parts = lambda a, b: f(*map(torch.view_as_complex, (a, b)), *values[2:])  # noqa: E731
+        return torch.func.jacrev(parts, (0, 1))(*pairs)
+
+    def of_real(*some: Tensor) -> Tensor:
+        given = dict(zip(real, some, strict=True))
+        return f(*(given.get(i, value) for i, value in enumerate(values)))
+
+    return torch.func.jacrev(of_real, tuple(range(len(real))))(*(values[i] for i in real))
 
 
 TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Any]] = {
     "grad": lambda f, v: torch.func.grad(f, tuple(range(len(v))))(*take(v, 0)),
     "grad_and_value": lambda f, v: torch.func.grad_and_value(f)(*take(v, 0)),
     "vjp": lambda f, v: torch.func.vjp(f, *take(v, 0))[1](torch.tensor(2.0, dtype=torch.float64)),
-    "jacrev": lambda f, v: torch.func.jacrev(f, (0, 1))(*take(v, 0)),
+    "jacrev": lambda f, v: jacobians(f, take(v, 0)),
     "vmap": lambda f, v: torch.vmap(f)(*v),
     "vmap, first one mapped": lambda f, v: torch.vmap(f, (0, *[None] * (len(v) - 1)))(v[0], *take(v[1:], 0)),
-    "vmap, first one not mapped": lambda f, v: torch.vmap(f, (None, 0, 0, *[None] * (len(v) - 3)))(
+    "vmap, first one not mapped": lambda f, v: torch.vmap(f, (None, 0, 0, *[None] * len(v))[: len(v)])(
         *take(v[:1], 0), *v[1:3], *take(v[3:], 0)
     ),
     "vmap, last dimension": lambda f, v: torch.vmap(f, -1)(*(value.movedim(0, -1) for value in v)),
     "vmap, output of a map": lambda f, v: torch.vmap(torch.vmap(f))(*(value.expand(2, *value.shape) for value in v)),
-    "vmap(grad)": lambda f, v: torch.vmap(torch.func.grad(f, (0, 1, 2)))(*v),
+    "vmap(grad)": lambda f, v: torch.vmap(torch.func.grad(f, (0, 1, 2)[: len(v)]))(*v),
     "vmap(grad), second and third shared": lambda f, v: torch.vmap(
-        torch.func.grad(f, (0, 1, 2)), (0, None, None, *[0] * (len(v) - 3))
+        torch.func.grad(f, (0, 1, 2)[: len(v)]), (0, None, None, *[0] * len(v))[: len(v)]
     )(v[0], *take(v[1:3], 0), *v[3:]),
     "vmap(grad), second and third mapped": lambda f, v: torch.vmap(
-        torch.func.grad(f, (0, 1, 2)), (None, 0, 0, *[None] * (len(v) - 3))
+        torch.func.grad(f, (0, 1, 2)[: len(v)]), (None, 0, 0, *[None] * len(v))[: len(v)]
     )(*take(v[:1], 0), *v[1:3], *take(v[3:], 0)),
     "grad(vmap)": lambda f, v: torch.func.grad(lambda *x: torch.vmap(f)(*x).sum(), tuple(range(len(v))))(*v),
     "grad(vmap), second one mapped": lambda f, v: torch.func.grad(
@@ -262,11 +299,13 @@ def test_vmap_over_packed_sequences_that_differ(op: str) -> None:
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_transform_inside_ordinary_autograd(op: str) -> None:
     """The value that grad_and_value returns keeps the outer graph."""
-    _, _, leaves, _ = gradient_case(op)
+    _, inputs, leaves, _ = gradient_case(op)
     values = tuple(leaves.values())
+    # Of ssm_kernel the length; other examples have no options that these would change.
+    rest = {name: value for name, value in inputs.items() if name == "length"}
 
     def outer(function: Callable[..., tuple[Tensor, ...]]) -> Tensor:
-        value = torch.func.grad_and_value(loss_of(function, {}))(values[0].detach(), *values[1:])[1]
+        value = torch.func.grad_and_value(loss_of(function, rest))(values[0].detach(), *values[1:])[1]
         return torch.autograd.grad(value, values[1])[0]
 
     torch.testing.assert_close(outer(getattr(seqops, op)), outer(example(op).reference), rtol=1e-10, atol=1e-12)
@@ -288,19 +327,21 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
 
     Torch itself treats sizes of 0 and 1 apart, and the gradient of r has one of T - 1.
     """
-    options = {"reverse": True} | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
+    options = reversed_if_possible(op) | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
 
-    def step(*values: Tensor) -> tuple[Tensor, ...]:
-        outputs = getattr(torch.ops.seqops, op)(*values, **options)
+    def step(*values: Tensor, **sizes: int) -> tuple[Tensor, ...]:
+        outputs = as_tuple(getattr(torch.ops.seqops, op))(*values, **options, **sizes)
         return tuple(output * 2 for output in outputs)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for first, (B, T) in zip((True, False, False, False), ((7, 5), (4, 9), (9, 3), (2, 33)), strict=True):
         case = example(op, B=B, T=T)  # in the first call all sizes differ: equal ones would be taken for one
-        leaves = tuple(cases.differentiable(case.inputs()).values())
+        inputs = case.inputs()
+        leaves = tuple(cases.differentiable(inputs).values())
+        sizes = {name: value for name, value in inputs.items() if name == "length"}
         with torch._dynamo.config.patch(error_on_recompile=not first):
-            got = compiled(*leaves)
-        expected = step(*leaves)
+            got = compiled(*leaves, **sizes)
+        expected = step(*leaves, **sizes)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         cotangents = case.cotangents(expected)
         gradients = [torch.autograd.grad(outputs, leaves, cotangents) for outputs in (got, expected)]
@@ -378,7 +419,8 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
     class Module(torch.nn.Module):
         def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
             named = dict(zip(reversed(last), reversed(values), strict=False))
-            return getattr(torch.ops.seqops, op)(*values[: len(values) - len(last)], **named, reverse=True)
+            named |= reversed_if_possible(op) | ({"length": 11} if op == "ssm_kernel" else {})
+            return as_tuple(getattr(torch.ops.seqops, op))(*values[: len(values) - len(last)], **named)
 
     def arguments(B: int, T: int) -> tuple[Tensor, ...]:
         inputs = example(op, B=B, T=T, **options).inputs()
@@ -390,6 +432,9 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
     dynamic = {
         "linear_scan": (sequence, sequence, row),
         "softmax_scan": (sequence, sequence, row, row),
+        "conv_ssm": (sequence, None, None, None, None, row),
+        "ssm_kernel": (row, row),
+        "cauchy_kernel": (row, {0: time}, row),
     }.get(op, (sequence, None, None, row))
     exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=(dynamic,))
     assert [str(n.target) for n in exported.graph.nodes if "seqops" in str(n.target)] == [f"seqops.{op}.default"]
@@ -422,9 +467,9 @@ def test_autocast_of_products(op: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize("op", scan.OPERATORS)
+@pytest.mark.parametrize("op", [*scan.OPERATORS, *conv_ssm.OPERATORS])
 def test_autocast_casts_no_scan(op: str, dtype: torch.dtype) -> None:
-    if op == "softmax_scan" and dtype.is_complex:
+    if op != "linear_scan" and dtype.is_complex:
         dtype = torch.float16
     case = example(op, dtype=dtype)
     inputs = case.inputs()
@@ -456,7 +501,7 @@ def test_autocast_leaves_float64_alone(op: str) -> None:
     inputs = case.inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = case.operator(**inputs)
-    assert outputs[0].dtype == torch.float64
+    assert outputs[0].dtype == case.output_dtypes[0] and outputs[0].real.dtype == torch.float64
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
@@ -513,7 +558,7 @@ def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_forced_reference(op: str, mode: str, reference_calls: list[int]) -> None:
     """It runs, once, gives the reference's own bits and gradients, and is gone when the block ends."""
-    case = example(op, **({"lengths": True} if op in rnn.OPERATORS else PACKED))
+    case = example(op, **({"lengths": True} if op in rnn.OPERATORS else PACKED if op in scan.OPERATORS else {}))
     inputs = case.inputs()
     expected = case.reference(**inputs)
     cotangents = case.cotangents(expected)
@@ -579,8 +624,7 @@ def test_forced_cpu_is_the_default(op: str, reference_calls: list[int]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["grad", "inference_mode"])
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, public, name in backends.kernels() if op == public])
 def test_forced_backend_that_cannot_serve_says_why(
     op: str, name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -595,7 +639,8 @@ def test_forced_backend_that_cannot_serve_says_why(
     text = str(caught.value)
     assert text.startswith(f"seqops::{op}: backend '{name}' cannot serve this call: {reason}; backends that exist: ref")
     variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
-    assert variable in reason and text.endswith("backends that exist: reference, cpu, triton, cuda")
+    exist = [each for each in ("triton", "cuda") if (op, op, each) in backends.kernels()]
+    assert variable in reason and text.endswith(f"backends that exist: reference, cpu, {', '.join(exist)}")
 
 
 def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
@@ -605,7 +650,7 @@ def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
     named = {a.name: inputs[a.name] for a in overload._schema.arguments if a.kwarg_only and a.name in inputs}
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with torch.no_grad():
-        return overload.redispatch(keys, *positional, **named)
+        return as_tuple(overload.redispatch)(keys, *positional, **named)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this key has kernels")
@@ -643,7 +688,7 @@ class Module(types.ModuleType):
             raise LookupError(f"{self.__name__}.{name}")
         return serve
 
-for room in ("rnn", "scan"):
+for room in ("rnn", "scan", "ssm"):
     sys.modules[f"seqops.{room}.triton"] = Module(f"seqops.{room}.triton")
 for op in cases.OPERATORS:
     try:
@@ -662,9 +707,11 @@ def test_without_cupy(triton: str, run_python: Callable[..., str]) -> None:
     has_triton = {op for op, _, name in backends.kernels() if name == "triton"}
     for op, text in said.items():
         if triton == "with" and op in has_triton and find_spec("triton") is not None:
-            assert text == f"seqops.{'scan' if op in scan.OPERATORS else 'rnn'}.triton.{op}"
+            assert text == f"{getattr(seqops, op).__module__.rpartition('.')[0]}.triton.{op}"
             continue
-        assert text.startswith(f"seqops::{op}: no kernel for cuda tensors (cuda: CuPy is not installed (pip install ")
+        has_cuda = (op, op, "cuda") in backends.kernels()
+        reason = "CuPy is not installed (pip install " if has_cuda else "no cuda kernel in this release"
+        assert text.startswith(f"seqops::{op}: no kernel for cuda tensors (cuda: {reason}")
         assert op not in has_triton or "triton: Triton is not installed (pip install triton)" in text
         assert "backends that exist: reference, cpu" in text
 
@@ -686,11 +733,13 @@ def test_backward_keeps_the_forced_backend(op: str, monkeypatch: pytest.MonkeyPa
         with backends.resume(None):
             return getattr(torch.ops.seqops, name)(*args, **options)
 
-    monkeypatch.setenv("SEQOPS_SIMULATE", "1")
-    calls = counted(monkeypatch, "cuda", native)
+    name = next(name for _, public, name in backends.kernels() if op == public)
+    variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
+    monkeypatch.setenv(variable, "1")
+    calls = counted(monkeypatch, name, native)
     case = example(op)
     inputs = case.inputs()
-    with seqops.backend("cuda"):
+    with seqops.backend(name):
         outputs = case.operator(**inputs)
     assert len(calls) == 1
     leaves = [*cases.differentiable(inputs).values()]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqops
+from seqops.core import backend as backends
 from seqops.rnn.op import check_for_gpu
 
 
@@ -45,12 +46,25 @@ GOOD = {
     **{op: {"wx": of(2, 5, rnn.GATES[op], 1, 8), "r": of(rnn.GATES[op], 1, 8, 8)} for op in rnn.OPERATORS},
     "linear_scan": {"x": of(2, 5, 8), "a": of(2, 5, 8)},
     "softmax_scan": {"s": of(2, 5, 3), "v": of(2, 5, 3, 8)},
+    "conv_ssm": {
+        "u": of(2, 5, 4, 6, 8),
+        "a": of(7, dtype=torch.complex64),
+        "b": of(3, 3, 8, 7, dtype=torch.complex64),
+        "c": of(1, 2, 7, 8, dtype=torch.complex64),
+    },
+    "ssm_kernel": {"z": of(2, 5, dtype=torch.complex64), "c": of(2, 5, dtype=torch.complex64), "length": 7},
+    "cauchy_kernel": {
+        name: of(*s, dtype=torch.complex64) for name, s in (("v", (2, 5)), ("nodes", (7,)), ("w", (2, 5)))
+    },
 }
 # What else may be given, with its shape.
 OTHERS = {
     **{op: {"b": (gates, 1, 8), **dict.fromkeys(rnn.STATES[op], (2, 1, 8))} for op, gates in rnn.GATES.items()},
     "linear_scan": {"initial_state": (2, 8)},
     "softmax_scan": {"initial_lse": (2, 3), "initial_out": (2, 3, 8)},
+    "conv_ssm": {"d": (1, 1, 8, 8), "initial_state": (2, 4, 6, 7)},
+    "ssm_kernel": {},
+    "cauchy_kernel": {},
 }
 HALF = {"wx": of(2, 5, 4, 1, 8, dtype=torch.bfloat16), "r": of(4, 1, 8, 8, dtype=torch.bfloat16)}
 
@@ -299,8 +313,57 @@ PACKED = [
     ("cu_seqlens: expected T = 5 at the end, got 0", integers(0), True),
     ("cu_seqlens: expected T = 5 at the end, got 9223372036854775807", integers(0, 2**63 - 1), True),
 ]
+CONV_SSM = [
+    ("u: expected 5 dimensions [B, T, Y, X, U], got shape [2, 5, 4, 8]", {"u": of(2, 5, 4, 8)}),
+    ("u: expected float32, float64, bfloat16 or float16, got int64", {"u": of(2, 5, 4, 6, 8, dtype=torch.int64)}),
+    *(
+        (f"u: expected at least 1 row, 1 column and 1 channel, got shape {[*shape]}", {"u": of(*shape)})
+        for shape in ((2, 5, 0, 6, 8), (2, 5, 4, 0, 8), (2, 5, 4, 6, 0))
+    ),
+    ("a: expected [P] with P of 1 or more, got [1, 7]", {"a": of(1, 7, dtype=torch.complex64)}),
+    ("a: expected [P] with P of 1 or more, got [0]", {"a": of(0, dtype=torch.complex64)}),
+    ("a: expected complex64, got float32", {"a": of(7)}),
+    ("a: expected complex64, got complex128", {"a": of(7, dtype=torch.complex128)}),
+    ("a: expected complex128, got complex64", {"u": of(2, 5, 4, 6, 8, dtype=torch.float64)}),
+    ("b: expected [kh, kw, U, P] = [kh, kw, 8, 7], got [3, 3, 7, 8]", {"b": of(3, 3, 7, 8, dtype=torch.complex64)}),
+    ("b: expected [kh, kw, U, P] = [kh, kw, 8, 7], got [8, 7]", {"b": of(8, 7, dtype=torch.complex64)}),
+    ("b: expected kh and kw of 1 or more, got [3, 0, 8, 7]", {"b": of(3, 0, 8, 7, dtype=torch.complex64)}),
+    ("b: expected complex64, got float32", {"b": of(3, 3, 8, 7)}),
+    ("c: expected [kh, kw, P, U] = [kh, kw, 7, 8], got [1, 1, 8, 7]", {"c": of(1, 1, 8, 7, dtype=torch.complex64)}),
+    ("c: expected kh and kw of 1 or more, got [0, 1, 7, 8]", {"c": of(0, 1, 7, 8, dtype=torch.complex64)}),
+    ("c: expected complex64, got complex128", {"c": of(1, 1, 7, 8, dtype=torch.complex128)}),
+    ("d: expected [kh, kw, U, U] = [kh, kw, 8, 8], got [1, 1, 8, 7]", {"d": of(1, 1, 8, 7)}),
+    ("d: expected kh and kw of 1 or more, got [0, 0, 8, 8]", {"d": of(0, 0, 8, 8)}),
+    ("d: expected float32, got complex64", {"d": of(1, 1, 8, 8, dtype=torch.complex64)}),
+    (
+        "d: expected bfloat16 or float32, got float16",
+        {"u": of(2, 5, 4, 6, 8, dtype=torch.bfloat16), "d": of(1, 1, 8, 8, dtype=torch.float16)},
+    ),
+    ("initial_state: expected [B, Y, X, P] = [2, 4, 6, 7], got [2, 7]", {"initial_state": of(2, 7)}),
+    ("initial_state: expected complex64, got float32", {"initial_state": of(2, 4, 6, 7)}),
+    # Of several mistakes the first in the order of the arguments is told.
+    ("b: expected complex64, got float32", {"b": of(3, 3, 8, 7), "c": of(1), "initial_state": of(1)}),
+]
+KERNELS = [
+    ("ssm_kernel", "z: expected 2 dimensions [H, N], got shape [2, 5, 1]", {"z": of(2, 5, 1, dtype=torch.complex64)}),
+    ("ssm_kernel", "z: expected complex64 or complex128, got float32", {"z": of(2, 5)}),
+    ("ssm_kernel", "c: expected [H, N] = [2, 5], got [2, 4]", {"c": of(2, 4, dtype=torch.complex64)}),
+    ("ssm_kernel", "c: expected complex64, got complex128", {"c": of(2, 5, dtype=torch.complex128)}),
+    ("ssm_kernel", "c: expected complex64, got float32", {"c": of(2, 5)}),
+    ("ssm_kernel", "length: expected 0 or more, got -1", {"length": -1}),
+    ("ssm_kernel", "c: expected [H, N] = [2, 5], got [5]", {"c": of(5), "length": -1}),
+    ("cauchy_kernel", "v: expected 2 dimensions [H, N], got shape [5]", {"v": of(5, dtype=torch.complex64)}),
+    ("cauchy_kernel", "v: expected complex64 or complex128, got bfloat16", {"v": of(2, 5, dtype=torch.bfloat16)}),
+    ("cauchy_kernel", "nodes: expected 1 dimension [L], got shape [1, 7]", {"nodes": of(1, 7, dtype=torch.complex64)}),
+    ("cauchy_kernel", "nodes: expected complex64, got float32", {"nodes": of(7)}),
+    ("cauchy_kernel", "w: expected [H, N] = [2, 5], got [5, 2]", {"w": of(5, 2, dtype=torch.complex64)}),
+    ("cauchy_kernel", "w: expected complex64, got complex128", {"w": of(2, 5, dtype=torch.complex128)}),
+    ("cauchy_kernel", "nodes: expected complex64, got int64", {"nodes": of(7, dtype=torch.int64), "w": of(1)}),
+]
 MISTAKES = [
     *RNN,
+    *(Mistake(op, text, change) for op, text, change in KERNELS),
+    *(Mistake("conv_ssm", text, change) for text, change in CONV_SSM),
     *(Mistake("linear_scan", text, change) for text, change in LINEAR),
     *(Mistake("softmax_scan", text, change) for text, change in SOFTMAX),
     *(Mistake("linear_scan", text, packed(edges), values) for text, edges, values in PACKED),
@@ -346,8 +409,10 @@ def under_reference(op: str, **inputs: Any) -> Any:
 
 
 def under_simulator(op: str, **inputs: Any) -> Any:
-    with pytest.MonkeyPatch.context() as patch, seqops.backend("cuda"):
-        patch.setenv("SEQOPS_SIMULATE", "1")
+    """Or in the interpreter, where there are kernels in Triton only."""
+    name = next(name for _, public, name in backends.kernels() if op == public)
+    with pytest.MonkeyPatch.context() as patch, seqops.backend(name):
+        patch.setenv({"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name], "1")
         return getattr(seqops, op)(**inputs)
 
 
@@ -384,18 +449,23 @@ def test_message_without_values(mistake: Mistake, path: Callable[..., Any]) -> N
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_devices_must_agree(op: str) -> None:
-    (first, make_first), *rest = GOOD[op].items()
-    shapes = {first: make_first("cpu").shape, **{name: make("cpu").shape for name, make in rest}, **OTHERS[op]}
+    first = next(iter(GOOD[op]))
+    made = {name: make("cpu") for name, make in GOOD[op].items() if callable(make)}
+    shapes = {**{name: t.shape for name, t in made.items()}, **OTHERS[op]}
+    # Where the first one is complex, all are.
+    dtype = made[first].dtype
     for name in shapes:
         if name == first:
             continue
         for ours, theirs in (("cpu", "meta"), ("meta", "cpu")):
-            change = {n: of(*s, device=theirs if n == name else ours) for n, s in shapes.items()}
+            change = {n: of(*s, dtype=dtype, device=theirs if n == name else ours) for n, s in shapes.items()}
             mistake = Mistake(op, f"{name}: expected {first}'s device {ours}, got {theirs}", change)
             with refused(mistake):
                 public(op, **arguments(mistake, ours))
     if op in rnn.OPERATORS:
         change = {"lengths": of(2, device="meta")}
+    elif op not in scan.OPERATORS:
+        return
     else:
         change = (packed if op == "linear_scan" else packed_softmax)(of(2, device="meta"))
     mistake = Mistake(op, f"{[*change][-1]}: expected {first}'s device cpu, got meta", change)
@@ -437,6 +507,17 @@ def of_backward(op: str) -> dict[str, Tensor | None]:
     if op == "linear_scan_backward":
         x = torch.zeros(2, 5, 3)
         return {"dh": x, "dfinal_state": x[:, 0], "a": x, "h": x, "initial_state": x[:, 0]}
+    if op == "ssm_kernel_backward":
+        z = torch.zeros(2, 5) + 0j
+        return {"dk": torch.zeros(2, 7), "z": z, "c": z}
+    if op == "cauchy_kernel_backward":
+        v = torch.zeros(2, 5) + 0j
+        return {"dy": torch.zeros(2, 7) + 0j, "v": v, "nodes": torch.zeros(7) + 0j, "w": v}
+    if op == "conv_ssm_backward":
+        u, a, x = torch.zeros(2, 5, 1, 3, 4), torch.zeros(6) + 0j, torch.zeros(2, 1, 3, 6) + 0j
+        b, c, d = (torch.zeros(1, 1, *sizes) for sizes in ((4, 6), (6, 4), (4, 4)))
+        tensors = {"dy": u, "dfinal_state": x, "u": u, "a": a, "b": b + 0j, "c": c + 0j, "d": d, "initial_state": x}
+        return tensors | {"entering": x[:, None][:, :0]}
     s, v = torch.zeros(2, 5, 3), torch.zeros(2, 5, 3, 4)
     tensors = {"grad_o": v, "grad_lse": s, "s": s, "v": v, "o": v, "m": s, "u": s + 1}
     return tensors | {"initial_lse": s[:, 0], "initial_out": v[:, 0]}
@@ -484,6 +565,30 @@ BACKWARD_MISTAKES = [
         "o: expected [B, T, H, D] = [2, 5, 3, 4], got [2, 5, 3, 1]",
     ),
     ("softmax_scan_backward", {"grad_o": torch.zeros(2, 5, 3, 4).long()}, "grad_o: expected float32, got int64"),
+    (
+        "conv_ssm_backward",
+        {"dy": torch.zeros(2, 5, 3)},
+        "dy: expected [B, T, Y, X, U] = [2, 5, 1, 3, 4], got [2, 5, 3]",
+    ),
+    ("conv_ssm_backward", {"dy": torch.zeros(2, 5, 1, 3, 4).double()}, "dy: expected float32, got float64"),
+    (
+        "conv_ssm_backward",
+        {"dfinal_state": torch.zeros(2, 6) + 0j},
+        "dfinal_state: expected [B, Y, X, P] = [2, 1, 3, 6], got [2, 6]",
+    ),
+    (
+        "conv_ssm_backward",
+        {"entering": torch.zeros(2, 1, 1, 3, 6) + 0j},
+        "entering: expected [B, blocks - 1, Y, X, P] = [2, 0, 1, 3, 6], got [2, 1, 1, 3, 6]",
+    ),
+    ("conv_ssm_backward", {"a": torch.zeros(6)}, "a: expected complex64, got float32"),
+    ("ssm_kernel_backward", {"dk": torch.zeros(7)}, "dk: expected 2 dimensions [H, length], got shape [7]"),
+    ("ssm_kernel_backward", {"dk": torch.zeros(3, 7)}, "dk: expected [H, length] = [2, 7], got [3, 7]"),
+    ("ssm_kernel_backward", {"dk": torch.zeros(2, 7) + 0j}, "dk: expected float32, got complex64"),
+    ("ssm_kernel_backward", {"c": torch.zeros(2, 4) + 0j}, "c: expected [H, N] = [2, 5], got [2, 4]"),
+    ("cauchy_kernel_backward", {"dy": torch.zeros(2, 6) + 0j}, "dy: expected [H, L] = [2, 7], got [2, 6]"),
+    ("cauchy_kernel_backward", {"dy": torch.zeros(2, 7)}, "dy: expected complex64, got float32"),
+    ("cauchy_kernel_backward", {"w": torch.zeros(2) + 0j}, "w: expected [H, N] = [2, 5], got [2]"),
     ("softmax_scan_backward", {"initial_out": None}, "initial_out: expected together with initial_lse, got None"),
 ]
 

@@ -1,9 +1,10 @@
 """Which backend serves an operator: the table of what exists, and forcing one.
 
-The CPU key of every operator holds a C++ kernel. The first use of `backend(...)` takes those kernels out and puts
-Python kernels in their place, which look at a context variable and fall back to C++. Whoever never forces a backend
-pays nothing, and forcing works where the Autograd key is not consulted (inference_mode) and per thread. The CUDA key
-holds a Python kernel that takes the forced backend, or the first of GPU_BACKENDS that works on this machine.
+The CPU key of an operator holds a C++ kernel. The first use of `backend(...)` takes those kernels out and puts Python
+kernels in their place, which look at a context variable and fall back to C++. Whoever never forces a backend pays
+nothing, and forcing works where the Autograd key is not consulted (inference_mode) and per thread. An operator that is
+composed of others in Python has such a kernel from the start. The CUDA key holds a Python kernel that takes the forced
+backend, or the first of those provided for GPUs that works on this machine.
 
 Modules of the GPU backends are imported when they are first used: `import seqops` loads neither Triton nor CuPy.
 """
@@ -27,7 +28,7 @@ from . import launch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 NATIVE = {"cpu": "CPU"}  # backends whose kernels are C++, registered on a dispatch key by the extension
-GPU_BACKENDS = ("cuda", "triton")  # the first that works here serves CUDA tensors
+GPU_BACKENDS = ("cuda", "triton")  # where an operator provides no order of its own
 
 library = torch.library.Library("seqops", "FRAGMENT")
 
@@ -39,18 +40,39 @@ _switching = threading.Lock()
 
 
 def provide(
-    op_name: str, backend_name: str, function: Callable[..., Any] | None = None, *, part_of: str | None = None
+    op_name: str,
+    backend_name: str,
+    function: Callable[..., Any] | None = None,
+    *,
+    check: Callable[..., None] | None = None,
+    part_of: str | None = None,
 ) -> None:
     """Declare that a backend serves an operator: by `function`, or by a native kernel where `function` is None.
 
+    Of the GPU backends, the first one provided that works on a machine is that of its CUDA tensors. A function for a
+    backend whose kernels are otherwise native goes on that backend's dispatch key.
+
     Args:
+        check: called first, with the arguments: raises for those that the operator refuses.
         part_of: the public operator of which this is a training or backward step. It stays out of `table()`, and
             messages speak of the public one.
     """
     check_name(backend_name)
+    if function is not None and check is not None:
+        function = _checked(function, check)
     _served.setdefault(op_name, {})[backend_name] = function
     if part_of is not None:
         _part_of[op_name] = part_of
+    if function is not None and backend_name in NATIVE:
+        _put_python(op_name, NATIVE[backend_name], function)
+
+
+def _checked(function: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def provide_module(
@@ -66,15 +88,14 @@ def provide_module(
     Args:
         check: called first, with the arguments: raises for those that the operator refuses.
         part_of: as for `provide`.
-        backends: the submodules that there are.
+        backends: the submodules that there are, the preferred one first.
     """
     for name in backends:
 
         def call(*args: Any, _name: str = name, **kwargs: Any) -> Any:
-            check(*args, **kwargs)
             return getattr(import_module(f"{module}.{_name}"), op_name)(*args, **kwargs)
 
-        provide(op_name, name, call, part_of=part_of)
+        provide(op_name, name, call, check=check, part_of=part_of)
 
 
 def kernels() -> list[tuple[str, str, str]]:
@@ -207,7 +228,8 @@ def register_elsewhere(op: torch._ops.OpOverload) -> None:
 
     @cache
     def default() -> str | None:
-        return next((name for name in GPU_BACKENDS if reason_missing(op_name, name, "cuda") is None), None)
+        order = [name for name in _served.get(op_name, {}) if name in GPU_BACKENDS]
+        return next((name for name in order if reason_missing(op_name, name, "cuda") is None), None)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         name = current()
@@ -243,3 +265,16 @@ def _replace_kernel(op_name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that a kernel is replaced: that is the point
         library.impl(op, kernel, "CPU", with_keyset=True)
+
+
+def _put_python(op_name: str, key: str, function: Callable[..., Any]) -> None:
+    """On a dispatch key that has no native kernel: `function`, or whatever other backend is forced."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        name = current()
+        if name is None or NATIVE.get(name) == key:
+            return function(*args, **kwargs)
+        return serve_python(op_name, *args, **kwargs)
+
+    library.impl(getattr(torch.ops.seqops, op_name).default, kernel, key)
+    _switchable.add(op_name)

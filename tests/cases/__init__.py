@@ -7,7 +7,7 @@ and the bound its errors must keep. Errors are relative root mean squares agains
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import common, rnn, scan
+from . import common, conv_ssm, rnn, scan, ssm_kernel
 from .common import (
     LAYOUTS,
     NARROW,
@@ -15,6 +15,7 @@ from .common import (
     Case,
     allowance,
     arrange,
+    as_tuple,
     assert_same_bits,
     assert_within,
     differentiable,
@@ -28,7 +29,7 @@ from .common import (
     same_bits,
 )
 
-ROOMS = {op: room for room in (rnn, scan) for op in room.OPERATORS}
+ROOMS = {op: room for room in (rnn, scan, conv_ssm, ssm_kernel) for op in room.OPERATORS}
 OPERATORS = tuple(ROOMS)
 CASES: dict[str, list[Case]] = {op: room.table(op) for op, room in ROOMS.items()}
 
@@ -42,8 +43,10 @@ __all__ = [
     "Case",
     "allowance",
     "arrange",
+    "as_tuple",
     "assert_same_bits",
     "assert_within",
+    "conv_ssm",
     "differentiable",
     "error",
     "evaluate",
@@ -57,6 +60,7 @@ __all__ = [
     "rnn",
     "same_bits",
     "scan",
+    "ssm_kernel",
 ]
 
 
