@@ -89,9 +89,7 @@ def causal_conv1d_shapes(
     activation: str | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_causal_conv1d(
-        x, weight, bias, initial_state, dilation=dilation, activation=activation, cu_seqlens=cu_seqlens
-    )
+    check_causal_conv1d(x, weight, bias, initial_state, dilation=dilation, activation=activation, cu_seqlens=cu_seqlens)
     return x.new_empty(x.shape), x.new_empty(rows_of(x, cu_seqlens), state_steps(weight, dilation), x.shape[2])
 
 

@@ -7,7 +7,7 @@ and the bound its errors must keep. Errors are relative root mean squares agains
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import common, rnn, scan
+from . import causal_conv1d, common, rnn, scan
 from .common import (
     LAYOUTS,
     NARROW,
@@ -28,7 +28,7 @@ from .common import (
     same_bits,
 )
 
-ROOMS = {op: room for room in (rnn, scan) for op in room.OPERATORS}
+ROOMS = {op: room for room in (rnn, scan, causal_conv1d) for op in room.OPERATORS}
 OPERATORS = tuple(ROOMS)
 CASES: dict[str, list[Case]] = {op: room.table(op) for op, room in ROOMS.items()}
 
@@ -44,6 +44,7 @@ __all__ = [
     "arrange",
     "assert_same_bits",
     "assert_within",
+    "causal_conv1d",
     "differentiable",
     "error",
     "evaluate",
