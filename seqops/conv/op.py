@@ -274,8 +274,8 @@ def causal_conv1d(
     Memory: a gradient keeps the arguments, and computes z anew where there is an activation. The backward has partial
     sums of the weights' gradient, at most a quarter of x unless W or D W is large against T.
 
-    Gu and Dao, "Mamba: linear-time sequence modeling with selective state spaces", 2023; van den Oord et al., "WaveNet",
-    2016.
+    Gu and Dao, "Mamba: linear-time sequence modeling with selective state spaces", 2023; van den Oord et al.,
+    "WaveNet", 2016.
     """
     return ops.causal_conv1d(
         x, weight, bias, initial_state, dilation=dilation, activation=activation, cu_seqlens=cu_seqlens
