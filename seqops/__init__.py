@@ -11,7 +11,7 @@ if find_spec("seqops._C") is None:
     )
 
 from . import _C, nn  # noqa: F401  _C registers torch.ops.seqops
-from .conv import causal_conv1d
+from .conv import causal_conv1d, fft_conv
 from .core.backend import backend, read_environment
 from .rnn import elman, gru, lstm, slstm
 from .scan import linear_scan, softmax_scan
@@ -19,4 +19,4 @@ from .scan import linear_scan, softmax_scan
 read_environment()
 
 __version__ = "0.1.0"
-__all__ = ["backend", "causal_conv1d", "elman", "gru", "linear_scan", "lstm", "nn", "slstm", "softmax_scan"]
+__all__ = ["backend", "causal_conv1d", "elman", "fft_conv", "gru", "linear_scan", "lstm", "nn", "slstm", "softmax_scan"]

@@ -1,8 +1,10 @@
 """Causal convolutions over time: a few taps for every channel, or filters as long as the sequence."""
 
-from . import op, reference
+from . import op, op_fft, reference
 from .op import causal_conv1d
+from .op_fft import fft_conv
 
-__all__ = ["causal_conv1d"]
+__all__ = ["causal_conv1d", "fft_conv"]
 
 op.provide_reference(reference.causal_conv1d)
+op_fft.provide_reference(reference.fft_conv)

@@ -1,6 +1,7 @@
 """The specification of the convolutions, in plain torch.
 
-Letters: B batch, T time, D channels, W taps, S = (W - 1) dilation steps of state, N packed sequences.
+Letters: B batch, T time, D channels, W taps, S = (W - 1) dilation steps of state, N packed sequences; in fft_conv L
+taps and N kernels of a channel.
 
 Float64 stays; every other dtype is computed in float32, and only the outputs are rounded to the storage dtype. All
 derivatives come from autograd, of any order. Arguments are not validated here.
@@ -60,3 +61,40 @@ def causal_conv1d(
         return x.new_empty(x.shape), state.clone()
     outputs, states = zip(*pieces, strict=True)
     return torch.cat(outputs, 1), torch.cat(states)
+
+
+def fft_conv(u: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
+    """`y_t = sum_l k_l u_{t-l} + skip u_t`, each channel by itself, as a product with the matrix of all k_{t-s}.
+
+    What is not finite counts as 0, then everything in its reach is NaN: of u_t the outputs t ... t + min(T, L) - 1 (at
+    least y_t, where there is a skip), of k_l those from l on, of skip all.
+
+    Args:
+        u: [B, T, D].
+        k: [D, L], or [D, N, L] for N outputs of a channel.
+        skip: [D]; None: zeros.
+
+    Returns:
+        [B, T, D] or [B, T, D, N] in the dtype of u.
+    """
+    precision = torch.float64 if u.dtype == torch.float64 else torch.float32
+    steps = u.shape[1]
+    taps = (k[:, None] if k.ndim == 2 else k)[..., :steps].to(precision)
+    taps = torch.nn.functional.pad(taps, (0, steps - taps.shape[-1]))
+    reach = min(steps, k.shape[-1])
+    if skip is not None:
+        reach = max(reach, 1)
+        taps = taps + torch.nn.functional.pad(skip.to(precision)[:, None, None], (0, steps))[..., :steps]
+    x = u.to(precision)
+    bad_x, bad_taps = ~x.isfinite(), ~taps.isfinite()
+    x, taps = torch.where(bad_x, 0, x), torch.where(bad_taps, 0, taps)
+
+    time = torch.arange(steps, device=u.device)
+    lag = time[:, None] - time
+    matrix = torch.where(lag >= 0, taps[..., lag.clamp(min=0)], 0)  # [D, N, T, T]
+    y = torch.einsum("dnts,bsd->btdn", matrix, x)
+
+    within = ((lag >= 0) & (lag < reach)).to(precision)
+    reached = torch.einsum("ts,bsd->btd", within, bad_x.to(precision)) > 0
+    y = torch.where(reached[..., None] | (bad_taps.cumsum(-1) > 0).permute(2, 0, 1), torch.nan, y).to(u.dtype)
+    return y.reshape(*u.shape, *k.shape[1:-1])

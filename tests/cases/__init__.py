@@ -7,7 +7,7 @@ and the bound its errors must keep. Errors are relative root mean squares agains
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import causal_conv1d, common, rnn, scan
+from . import causal_conv1d, common, fft_conv, rnn, scan
 from .common import (
     LAYOUTS,
     NARROW,
@@ -15,6 +15,7 @@ from .common import (
     Case,
     allowance,
     arrange,
+    as_tuple,
     assert_same_bits,
     assert_within,
     differentiable,
@@ -28,7 +29,7 @@ from .common import (
     same_bits,
 )
 
-ROOMS = {op: room for room in (rnn, scan, causal_conv1d) for op in room.OPERATORS}
+ROOMS = {op: room for room in (rnn, scan, causal_conv1d, fft_conv) for op in room.OPERATORS}
 OPERATORS = tuple(ROOMS)
 CASES: dict[str, list[Case]] = {op: room.table(op) for op, room in ROOMS.items()}
 
@@ -42,6 +43,7 @@ __all__ = [
     "Case",
     "allowance",
     "arrange",
+    "as_tuple",
     "assert_same_bits",
     "assert_within",
     "causal_conv1d",
@@ -50,6 +52,7 @@ __all__ = [
     "evaluate",
     "exact_results",
     "example",
+    "fft_conv",
     "in_double",
     "in_float64",
     "only",

@@ -1,5 +1,6 @@
 """What the cases of every room share: the base class, memory layouts, errors, comparisons, pytest parameters."""
 
+import functools
 import itertools
 import random
 import zlib
@@ -57,7 +58,7 @@ class Case:
 
     @property
     def operator(self) -> Function:
-        return getattr(seqops, self.op)
+        return as_tuple(getattr(seqops, self.op))
 
     def __str__(self) -> str:
         return "-".join([self.op, *self.words()])
@@ -71,6 +72,17 @@ class Case:
 
     def with_marks(self, *marks: str) -> "Case":
         return replace(self, marks=marks)
+
+
+def as_tuple(function: Callable[..., Any]) -> Function:
+    """The function, of which a single result is a tuple of one."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        outputs = function(*arguments, **options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    return call
 
 
 def name_of(dtype: torch.dtype) -> str:
