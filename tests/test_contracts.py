@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case, example, params, rnn, scan
+from cases import Case, as_tuple, example, fft_conv, params, rnn, scan
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,11 +38,21 @@ def every(operators: tuple[str, ...], *options: dict[str, Any]) -> list[tuple[st
 
 
 PACKED = {"B": 1, "T": 7, "packed": True}
+REVERSED = {"reverse": True}
+
+
+def reversed_if_possible(op: str) -> dict[str, Any]:
+    """The option, for operators that have it."""
+    schema = getattr(torch.ops.seqops, op).default._schema
+    return REVERSED if any(argument.name == "reverse" for argument in schema.arguments) else {}
+
+
 # Every way of an operator to treat its arguments apart.
 VARIANTS = with_options(
     *every(rnn.OPERATORS, {"lengths": True, "reverse": True, "grad_clip": 0.3}),
     *every(scan.OPERATORS, {}, {"reverse": True}, PACKED),
     *every(("linear_scan",), {"gate": "B1"}, {"gate": ""}, {"gate": "T0", **PACKED}),
+    *every(fft_conv.OPERATORS, {}, {"N": 2}, {"T": 34, "D": 2, "L": 40}),
 )
 
 
@@ -82,6 +92,7 @@ def checked_cases() -> list[Any]:
         *params("small", where=lambda case: case.B * case.T == 0 < case.B + case.T, operators=rnn.OPERATORS),
         *params("small", where=lambda case: not case.states, operators=rnn.OPERATORS),
         *params("small", where=of_scan, operators=scan.OPERATORS),
+        *params("tiny", where=lambda case: case.B > 0, operators=fft_conv.OPERATORS),
     ]
 
 
@@ -196,7 +207,7 @@ def test_forward_mode_is_refused(op: str) -> None:
 
 def loss_of(function: Callable[..., tuple[Tensor, ...]], options: dict[str, Any]) -> Callable[..., Tensor]:
     """A scalar of every output, of the positional tensors."""
-    return lambda *values: sum(output.sin().sum() for output in function(*values, **options))
+    return lambda *values: sum(output.sin().sum() for output in as_tuple(function)(*values, **options))
 
 
 TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Any]] = {
@@ -288,10 +299,10 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
 
     Torch itself treats sizes of 0 and 1 apart, and the gradient of r has one of T - 1.
     """
-    options = {"reverse": True} | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
+    options = reversed_if_possible(op) | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:
-        outputs = getattr(torch.ops.seqops, op)(*values, **options)
+        outputs = as_tuple(getattr(torch.ops.seqops, op))(*values, **options)
         return tuple(output * 2 for output in outputs)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -378,7 +389,8 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
     class Module(torch.nn.Module):
         def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
             named = dict(zip(reversed(last), reversed(values), strict=False))
-            return getattr(torch.ops.seqops, op)(*values[: len(values) - len(last)], **named, reverse=True)
+            named |= reversed_if_possible(op)
+            return as_tuple(getattr(torch.ops.seqops, op))(*values[: len(values) - len(last)], **named)
 
     def arguments(B: int, T: int) -> tuple[Tensor, ...]:
         inputs = example(op, B=B, T=T, **options).inputs()
@@ -390,6 +402,7 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
     dynamic = {
         "linear_scan": (sequence, sequence, row),
         "softmax_scan": (sequence, sequence, row, row),
+        "fft_conv": (sequence, None, None),
     }.get(op, (sequence, None, None, row))
     exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=(dynamic,))
     assert [str(n.target) for n in exported.graph.nodes if "seqops" in str(n.target)] == [f"seqops.{op}.default"]
@@ -513,7 +526,7 @@ def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_forced_reference(op: str, mode: str, reference_calls: list[int]) -> None:
     """It runs, once, gives the reference's own bits and gradients, and is gone when the block ends."""
-    case = example(op, **({"lengths": True} if op in rnn.OPERATORS else PACKED))
+    case = example(op, **({"lengths": True} if op in rnn.OPERATORS else PACKED if op in scan.OPERATORS else {}))
     inputs = case.inputs()
     expected = case.reference(**inputs)
     cotangents = case.cotangents(expected)
@@ -579,8 +592,7 @@ def test_forced_cpu_is_the_default(op: str, reference_calls: list[int]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["grad", "inference_mode"])
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, public, name in backends.kernels() if op == public])
 def test_forced_backend_that_cannot_serve_says_why(
     op: str, name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -595,7 +607,8 @@ def test_forced_backend_that_cannot_serve_says_why(
     text = str(caught.value)
     assert text.startswith(f"seqops::{op}: backend '{name}' cannot serve this call: {reason}; backends that exist: ref")
     variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
-    assert variable in reason and text.endswith("backends that exist: reference, cpu, triton, cuda")
+    exist = [each for each in ("triton", "cuda") if (op, op, each) in backends.kernels()]
+    assert variable in reason and text.endswith(f"backends that exist: reference, cpu, {', '.join(exist)}")
 
 
 def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
@@ -605,7 +618,7 @@ def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
     named = {a.name: inputs[a.name] for a in overload._schema.arguments if a.kwarg_only and a.name in inputs}
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with torch.no_grad():
-        return overload.redispatch(keys, *positional, **named)
+        return as_tuple(overload.redispatch)(keys, *positional, **named)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this key has kernels")
@@ -643,7 +656,7 @@ class Module(types.ModuleType):
             raise LookupError(f"{self.__name__}.{name}")
         return serve
 
-for room in ("rnn", "scan"):
+for room in ("rnn", "scan", "conv"):
     sys.modules[f"seqops.{room}.triton"] = Module(f"seqops.{room}.triton")
 for op in cases.OPERATORS:
     try:
@@ -662,9 +675,11 @@ def test_without_cupy(triton: str, run_python: Callable[..., str]) -> None:
     has_triton = {op for op, _, name in backends.kernels() if name == "triton"}
     for op, text in said.items():
         if triton == "with" and op in has_triton and find_spec("triton") is not None:
-            assert text == f"seqops.{'scan' if op in scan.OPERATORS else 'rnn'}.triton.{op}"
+            assert text == f"{getattr(seqops, op).__module__.rpartition('.')[0]}.triton.{op}"
             continue
-        assert text.startswith(f"seqops::{op}: no kernel for cuda tensors (cuda: CuPy is not installed (pip install ")
+        has_cuda = (op, op, "cuda") in backends.kernels()
+        reason = "CuPy is not installed (pip install " if has_cuda else "no cuda kernel in this release"
+        assert text.startswith(f"seqops::{op}: no kernel for cuda tensors (cuda: {reason}")
         assert op not in has_triton or "triton: Triton is not installed (pip install triton)" in text
         assert "backends that exist: reference, cpu" in text
 
@@ -686,11 +701,13 @@ def test_backward_keeps_the_forced_backend(op: str, monkeypatch: pytest.MonkeyPa
         with backends.resume(None):
             return getattr(torch.ops.seqops, name)(*args, **options)
 
-    monkeypatch.setenv("SEQOPS_SIMULATE", "1")
-    calls = counted(monkeypatch, "cuda", native)
+    name = next(name for _, public, name in backends.kernels() if op == public)
+    variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
+    monkeypatch.setenv(variable, "1")
+    calls = counted(monkeypatch, name, native)
     case = example(op)
     inputs = case.inputs()
-    with seqops.backend("cuda"):
+    with seqops.backend(name):
         outputs = case.operator(**inputs)
     assert len(calls) == 1
     leaves = [*cases.differentiable(inputs).values()]

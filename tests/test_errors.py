@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqops
+from seqops.core import backend as backends
 from seqops.rnn.op import check_for_gpu
 
 
@@ -45,12 +46,14 @@ GOOD = {
     **{op: {"wx": of(2, 5, rnn.GATES[op], 1, 8), "r": of(rnn.GATES[op], 1, 8, 8)} for op in rnn.OPERATORS},
     "linear_scan": {"x": of(2, 5, 8), "a": of(2, 5, 8)},
     "softmax_scan": {"s": of(2, 5, 3), "v": of(2, 5, 3, 8)},
+    "fft_conv": {"u": of(2, 5, 8), "k": of(8, 3)},
 }
 # What else may be given, with its shape.
 OTHERS = {
     **{op: {"b": (gates, 1, 8), **dict.fromkeys(rnn.STATES[op], (2, 1, 8))} for op, gates in rnn.GATES.items()},
     "linear_scan": {"initial_state": (2, 8)},
     "softmax_scan": {"initial_lse": (2, 3), "initial_out": (2, 3, 8)},
+    "fft_conv": {"skip": (8,)},
 }
 HALF = {"wx": of(2, 5, 4, 1, 8, dtype=torch.bfloat16), "r": of(4, 1, 8, 8, dtype=torch.bfloat16)}
 
@@ -299,8 +302,27 @@ PACKED = [
     ("cu_seqlens: expected T = 5 at the end, got 0", integers(0), True),
     ("cu_seqlens: expected T = 5 at the end, got 9223372036854775807", integers(0, 2**63 - 1), True),
 ]
+FFT_CONV = [
+    ("u: expected 3 dimensions [B, T, D], got shape [2, 5, 1, 8]", {"u": of(2, 5, 1, 8)}),
+    ("u: expected at least 1 channel, got shape [2, 5, 0]", {"u": of(2, 5, 0), "k": of(0, 3)}),
+    ("u: expected float32, float64, bfloat16 or float16, got complex64", {"u": of(2, 5, 8, dtype=torch.complex64)}),
+    ("k: expected 2 or 3 dimensions [D, L] or [D, N, L], got shape [8]", {"k": of(8)}),
+    ("k: expected 2 or 3 dimensions [D, L] or [D, N, L], got shape [8, 1, 1, 3]", {"k": of(8, 1, 1, 3)}),
+    ("k: expected D = 8 in front, got [7, 3]", {"k": of(7, 3)}),
+    ("k: expected at least 1 kernel a channel, got shape [8, 0, 3]", {"k": of(8, 0, 3)}),
+    ("k: expected float32, got float64", {"k": of(8, 3, dtype=torch.float64)}),
+    ("k: expected float64, got float32", {"u": of(2, 5, 8, dtype=torch.float64)}),
+    (
+        "k: expected bfloat16 or float32, got float16",
+        {"u": of(2, 5, 8, dtype=torch.bfloat16), "k": of(8, 3, dtype=torch.float16)},
+    ),
+    ("skip: expected [D] = [8], got [8, 1]", {"skip": of(8, 1)}),
+    ("skip: expected [D] = [8], got [1]", {"skip": of(1)}),
+    ("skip: expected float32, got bfloat16", {"skip": of(8, dtype=torch.bfloat16)}),
+]
 MISTAKES = [
     *RNN,
+    *(Mistake("fft_conv", text, change) for text, change in FFT_CONV),
     *(Mistake("linear_scan", text, change) for text, change in LINEAR),
     *(Mistake("softmax_scan", text, change) for text, change in SOFTMAX),
     *(Mistake("linear_scan", text, packed(edges), values) for text, edges, values in PACKED),
@@ -346,8 +368,10 @@ def under_reference(op: str, **inputs: Any) -> Any:
 
 
 def under_simulator(op: str, **inputs: Any) -> Any:
-    with pytest.MonkeyPatch.context() as patch, seqops.backend("cuda"):
-        patch.setenv("SEQOPS_SIMULATE", "1")
+    """Or in the interpreter, where there are kernels in Triton only."""
+    name = next(name for _, public, name in backends.kernels() if op == public)
+    with pytest.MonkeyPatch.context() as patch, seqops.backend(name):
+        patch.setenv({"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name], "1")
         return getattr(seqops, op)(**inputs)
 
 
@@ -396,6 +420,8 @@ def test_devices_must_agree(op: str) -> None:
                 public(op, **arguments(mistake, ours))
     if op in rnn.OPERATORS:
         change = {"lengths": of(2, device="meta")}
+    elif op not in scan.OPERATORS:
+        return
     else:
         change = (packed if op == "linear_scan" else packed_softmax)(of(2, device="meta"))
     mistake = Mistake(op, f"{[*change][-1]}: expected {first}'s device cpu, got meta", change)
@@ -432,11 +458,14 @@ def test_good_edges_of_scans_are_accepted() -> None:
             assert [o.dtype for o in case.operator(**case.inputs())] == case.output_dtypes
 
 
-def of_backward(op: str) -> dict[str, Tensor | None]:
-    """Good arguments of a scan's backward, B = 2, T = 5."""
+def of_backward(op: str) -> dict[str, Any]:
+    """Good arguments of a backward, B = 2, T = 5."""
     if op == "linear_scan_backward":
         x = torch.zeros(2, 5, 3)
         return {"dh": x, "dfinal_state": x[:, 0], "a": x, "h": x, "initial_state": x[:, 0]}
+    if op == "fft_conv_backward":
+        dy, u, k = torch.zeros(2, 5, 4, 3), torch.zeros(2, 5, 4), torch.zeros(4, 3, 7)
+        return {"dy": dy, "u": u, "k": k, "skip": k[:, 0, 0], "for_u": True, "for_k": True}
     s, v = torch.zeros(2, 5, 3), torch.zeros(2, 5, 3, 4)
     tensors = {"grad_o": v, "grad_lse": s, "s": s, "v": v, "o": v, "m": s, "u": s + 1}
     return tensors | {"initial_lse": s[:, 0], "initial_out": v[:, 0]}
@@ -485,6 +514,10 @@ BACKWARD_MISTAKES = [
     ),
     ("softmax_scan_backward", {"grad_o": torch.zeros(2, 5, 3, 4).long()}, "grad_o: expected float32, got int64"),
     ("softmax_scan_backward", {"initial_out": None}, "initial_out: expected together with initial_lse, got None"),
+    ("fft_conv_backward", {"dy": torch.zeros(2, 5, 4)}, "dy: expected [B, T, D, N] = [2, 5, 4, 3], got [2, 5, 4]"),
+    ("fft_conv_backward", {"k": torch.zeros(4, 7)}, "dy: expected [B, T, D] = [2, 5, 4], got [2, 5, 4, 3]"),
+    ("fft_conv_backward", {"dy": torch.zeros(2, 5, 4, 3).double()}, "dy: expected float32, got float64"),
+    ("fft_conv_backward", {"skip": torch.zeros(3)}, "skip: expected [D] = [4], got [3]"),
 ]
 
 
@@ -494,7 +527,7 @@ def test_backward_operators_refuse(op: str, change: dict[str, Any], text: str, d
     """Our formulas call them; called by others they must not read past a tensor's end."""
     named = {"cu_seqlens": change["cu_seqlens"].to(device)} if "cu_seqlens" in change else {}
     changed = {name: value for name, value in change.items() if name != "cu_seqlens"}
-    values = [None if t is None else t.to(device) for t in (of_backward(op) | changed).values()]
+    values = [t.to(device) if torch.is_tensor(t) else t for t in (of_backward(op) | changed).values()]
     with pytest.raises(ValueError) as caught:
         getattr(torch.ops.seqops, op)(*values, **named)
     assert str(caught.value) == f"{op}: {text}"

@@ -1,6 +1,5 @@
 """What the cases of every room share: the base class, memory layouts, errors, comparisons, pytest parameters."""
 
-import functools
 import itertools
 import random
 import zlib
@@ -77,7 +76,6 @@ class Case:
 def as_tuple(function: Callable[..., Any]) -> Function:
     """The function, of which a single result is a tuple of one."""
 
-    @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
         outputs = function(*arguments, **options)
         return outputs if isinstance(outputs, tuple) else (outputs,)

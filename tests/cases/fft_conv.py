@@ -162,5 +162,4 @@ def table(op: str) -> list[Case]:
 
 def example(op: str, **options: Any) -> Case:
     """A small case, its sizes all different."""
-    options.pop("reverse", None)
     return Case(op, **({"B": 3, "T": 5, "D": 4, "L": 6} | options))
