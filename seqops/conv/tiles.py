@@ -131,10 +131,9 @@ def registers(kernel: Pass, depth: Any) -> Any:
     if kernel.walk == "backward":
         ahead = depth * vec * kernel.size // 2
         return held * 6 // 5 + ahead * 2 // 5 + 10 * depth + (44 + 18 * many + 8 * kernel.silu)
-    return held + (WIDE_BASE[kernel.walk] + 10 * kernel.silu + 10 * kernel.packed)
-
-
-WIDE_BASE = {"wide": 60, "taps": 60}
+    if kernel.walk == "wide":
+        return held * 7 // 5 + 5 * depth + (70 + 4 * (kernel.words == 2))
+    return held * 29 // 20 + depth + 67
 
 
 # ---- the choice
@@ -278,3 +277,29 @@ def vector(storage: str, channels: int, alignments: tuple[int, ...]) -> int:
     while vec > 1 and (channels % vec or any(each % (vec * SIZES[storage]) for each in alignments)):
         vec //= 2
     return vec
+
+
+# ---- in Triton
+
+TRITON_STEPS, TRITON_CHANNELS = (8, 32), (16, 64, 128)
+TRITON_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+def problem_in_triton(device: Any, key: Any) -> csp.Problem:
+    """Steps and channels of a program's tile, and the time in microseconds."""
+    size, backward = TRITON_SIZES[key.dtype], key.kernel.partition(".")[2].startswith("backward")
+    rows, time, width, taps = key["B"], key["T"], key["D"], key["W"]
+    p = csp.Problem(str(key))
+    steps = p.int("steps", values=TRITON_STEPS)
+    channels = p.int("channels", values=TRITON_CHANNELS)
+    programs = p.define("programs", rows * csp.ceildiv(time, steps) * csp.ceildiv(width, channels))
+    # A tile that is larger than the warps of a program keeps several rows of a thread on their way.
+    resident = device.processors * (device.threads_per_processor // 128)
+    waves = csp.ceildiv(programs, resident) * (taps * device.l2_hit_us / 2 + 2 * device.memory_latency_us)
+    elements = programs * steps * channels
+    waste = csp.max_(1, SECTOR / (channels * size))
+    # What a tile reads twice comes from the caches, at about twice the memory's rate or better.
+    again = csp.min_(taps - 1, steps) / (2 * steps)
+    moved = elements * waste * (1 + again) * (size * (5 if backward else 2)) / device.bandwidth
+    p.minimize(device.launch_us * (4 if backward else 2) + _overlapping(waves, moved), then=steps)
+    return p
