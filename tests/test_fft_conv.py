@@ -1,9 +1,13 @@
 """Values, gradients and behaviour of fft_conv, on the CPU and in Triton.
 
-Tests whose cases are marked `tiny` run again in the Triton interpreter: see BACKENDS.
+Tests whose cases are marked `small` or `tiny` run again with other instruction sets, and in the Triton interpreter: see
+RUNGS.
 """
 
+import importlib.util
 import math
+import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +25,7 @@ from seqops.conv import reference
 params = partial(cases.params, operators=OPERATORS)
 ops = torch.ops.seqops
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+small = partial(pytest.param, marks=pytest.mark.small)
 DIRECT, SPLIT = 20, 70  # taps: summed directly; long enough for transforms, short enough for several segments
 
 
@@ -90,8 +95,10 @@ def test_values_and_gradients(case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("B", "T", "D", "L"),
-    [(1, 1009, 3, 1009), (2, 4097, 20, 4097), (1, 16384, 3, 16384), (3, 3000, 17, SPLIT), (2, 2500, 9, 700)]
-    + [(1, 20000, 2, DIRECT), (1, 5003, 2, 90000)],
+    [
+        *((1, 1009, 3, 1009), (2, 4097, 20, 4097), (1, 16384, 3, 16384), (1, 5003, 2, 90000)),
+        *((3, 3000, 17, SPLIT), (2, 2500, 9, 700), (1, 20000, 2, DIRECT)),
+    ],
 )
 def test_long_sequences(B: int, T: int, D: int, L: int) -> None:
     """Values and gradients in float32, within the error that the page gives; and in float64."""
@@ -226,61 +233,133 @@ def reached(shape: tuple[int, ...], where: Any) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "taps"), [(60, DIRECT), (400, SPLIT), (90, 90), (90, 50)])
-@pytest.mark.parametrize("many", [None, 3])
-def test_what_is_not_finite_reaches_no_further(
-    many: int | None, T: int, taps: int, dtype: torch.dtype, value: float
-) -> None:
-    """Everything in reach is NaN, everything else has the bits that zeros in its place give."""
-    case = Case("fft_conv", B=2, T=T, D=19, L=taps, N=many, dtype=dtype)
+def check_reach(case: Case, value: float, row: int, last: int) -> None:
+    """Everything in reach of `value` is NaN, everything else has the bits that zeros in its place give."""
     clean = {name: t.detach() for name, t in case.inputs().items()}
-    kernels = () if many is None else (slice(None),)
-    t0, t1, l0 = T // 3, T - 1, taps // 2
-    one = () if many is None else (1,)  # the kernel of which a tap is NaN
-
+    T, taps = case.T, case.taps
+    t0, l0 = T // 3, taps // 2
+    one = () if case.N is None else (1,)  # the kernel of which a tap is not finite
     for name, at, where in (
-        ("u", [(0, t0, 3), (1, t1, 17)], [(0, slice(t0, t0 + taps), 3), (1, t1, 17)]),
-        ("k", [(5, *one, l0)], [(slice(None), slice(l0, None), 5, *one)]),
-        ("skip", [(18,)], [(slice(None), slice(None), 18)]),
+        ("u", [(0, t0, 1), (row, T - 1, last)], [(0, slice(t0, t0 + taps), 1), (row, T - 1, last)]),
+        ("k", [(2, *one, l0)], [(slice(None), slice(l0, None), 2, *one)]),
+        ("skip", [(last,)], [(slice(None), slice(None), last)]),
     ):
-        mask = reached(
-            (2, T, 19, *(() if many is None else (many,))), [(*w, *kernels)[: 3 + len(kernels)] for w in where]
-        )
         got = seqops.fft_conv(**clean | {name: poisoned(clean[name], *at, value=value)})
         expected = seqops.fft_conv(**clean | {name: poisoned(clean[name], *at, value=0.0)})
+        mask = reached(got.shape, where)
         assert torch.equal(got.isnan(), mask), name
         assert torch.equal(got[~mask], expected[~mask]), name
 
 
-@pytest.mark.parametrize(("T", "taps"), [(60, DIRECT), (400, SPLIT), (90, 90), (90, 50), (40, 200)])
-@pytest.mark.parametrize("many", [None, 3])
-def test_gradients_of_what_is_not_finite(many: int | None, T: int, taps: int) -> None:
+def check_reach_of_gradients(case: Case, last: int) -> None:
     """The same, of dy, u and k in the backward."""
-    case = Case("fft_conv", B=2, T=T, D=19, L=taps, N=many)
     clean = {name: t.detach() for name, t in case.inputs().items()}
     clean = {"dy": case.cotangents([seqops.fft_conv(**clean)])[0], **clean}
-    M, t0, l0 = min(T, taps), T // 2, min(T, taps) // 3
-    one = () if many is None else (1,)
-    every = () if many is None else (slice(None),)
+    T, M = case.T, min(case.T, case.taps)
+    t0, l0 = T // 2, M // 3
+    one, every = ((), ()) if case.N is None else ((1,), (slice(None),))
     nothing: list[Any] = []
-
     for name, at, of_u, of_k in (
-        ("dy", (1, t0, 4, *one), [(1, slice(max(0, t0 - M + 1), t0 + 1), 4)], [(4, *one, slice(0, min(M, t0 + 1)))]),
-        ("u", (0, t0, 17), nothing, [(17, *every, slice(0, min(M, T - t0)))]),
-        ("k", (6, *one, l0), [(slice(None), slice(0, T - l0), 6)], nothing),
+        ("dy", (1, t0, 1, *one), [(1, slice(max(0, t0 - M + 1), t0 + 1), 1)], [(1, *one, slice(0, min(M, t0 + 1)))]),
+        ("u", (0, t0, last), nothing, [(last, *every, slice(0, min(M, T - t0)))]),
+        ("k", (2, *one, l0), [(slice(None), slice(0, T - l0), 2)], nothing),
     ):
         masks = [reached(clean["u"].shape, of_u), reached(clean["k"].shape, of_k)]
-        masks.append(masks[1].reshape(19, -1).any(1))  # what reaches tap 0 of any kernel reaches skip
-        got = ops.fft_conv_backward(*(clean | {name: poisoned(clean[name], at, value=math.nan)}).values(), True, True)
-        zero = ops.fft_conv_backward(*(clean | {name: poisoned(clean[name], at, value=0.0)}).values(), True, True)
-        for found, expected, mask in zip(got, zero, masks, strict=True):
+        masks.append(masks[1].reshape(case.D, -1).any(1))  # what reaches tap 0 of any kernel reaches skip
+        got, expected = (
+            ops.fft_conv_backward(*(clean | {name: poisoned(clean[name], at, value=value)}).values(), True, True)
+            for value in (math.nan, 0.0)
+        )
+        for found, other, mask in zip(got, expected, masks, strict=True):
             assert torch.equal(found.isnan(), mask), name
-            assert torch.equal(found[~mask], expected[~mask]), name
+            assert torch.equal(found[~mask], other[~mask]), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "taps"), [(60, DIRECT), (400, SPLIT), (90, 90), (90, 50), small(36, 34)])
+@pytest.mark.parametrize("many", [None, 3])
+def test_what_is_not_finite_reaches_no_further(
+    many: int | None, T: int, taps: int, dtype: torch.dtype, value: float
+) -> None:
+    check_reach(Case("fft_conv", B=2, T=T, D=19, L=taps, N=many, dtype=dtype), value, row=1, last=17)
+
+
+@pytest.mark.parametrize(("T", "taps"), [(60, DIRECT), (400, SPLIT), (90, 90), (90, 50), (40, 200), small(37, 36)])
+@pytest.mark.parametrize("many", [None, 3])
+def test_gradients_of_what_is_not_finite(many: int | None, T: int, taps: int) -> None:
+    check_reach_of_gradients(Case("fft_conv", B=2, T=T, D=19, L=taps, N=many), last=17)
+
+
+@pytest.mark.tiny
+@pytest.mark.parametrize(("many", "taps"), [(None, 5), (2, 20)])
+def test_what_is_not_finite_in_few_steps(many: int | None, taps: int) -> None:
+    case = Case("fft_conv", B=2, T=8, D=3, L=taps, N=many)
+    check_reach(case, math.inf, row=1, last=0)
+    check_reach_of_gradients(case, last=0)
 
 
 def test_taps_beyond_the_sequence_count_for_nothing() -> None:
     u, k = torch.randn(2, 50, 3), torch.randn(3, 80)
     k[:, 50:] = torch.nan
     assert torch.equal(seqops.fft_conv(u, k), seqops.fft_conv(u, k[:, :50]))
+
+
+# ---------------------------------------------------------------- memory
+
+
+PEAK = """
+import ctypes, sys, torch, seqops
+from bench.memory import read_status, reset_peak
+from torch.fft import irfft, rfft
+
+def step(T, D):
+    u, k, skip, dy = torch.randn(4, T, D), torch.randn(D, T), torch.randn(D), torch.randn(4, T, D)
+    leaves = [t.requires_grad_() for t in (u, k, skip)]
+    ctypes.CDLL(None).malloc_trim(0)
+    before = read_status("VmRSS")
+    reset_peak()
+    if sys.argv[1] == "ours":
+        y = seqops.fft_conv(*leaves)
+    else:
+        y = irfft(rfft(u, 2 * T, 1) * rfft(k, 2 * T, 1).t(), 2 * T, 1)[:, :T] + skip * u
+    torch.autograd.grad(y, leaves, dy)
+    return read_status("VmHWM") - before
+
+step(64, 8)
+print(step(2048, 256))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read the Linux way")
+def test_peak_memory(run_python: Callable[..., str]) -> None:
+    """Of a training step: the results, buffers of one register of channels, and less than a quarter of torch's."""
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    ours, plain = (int(run_python(PEAK, name, **allocator)) for name in ("ours", "plain"))
+    results = 4 * (2 * 4 * 2048 * 256 + 256 * 2048)  # y, du and dk
+    buffers = 4 * 4 * 2 * 2048 * 16
+    assert ours < results + buffers + (3 << 20)
+    assert ours < plain / 4
+
+
+# ---------------------------------------------------------------- other backends, other instruction sets
+
+SETS = ("baseline", "avx2", "avx512")
+RUNGS = {
+    **{name: {"SEQOPS_CPU_ISA": name} for name in SETS},
+    "interpreter": {"SEQOPS_BACKEND": "triton", "TRITON_INTERPRET": "1"},
+}
+IN_RUNG = """
+import sys, pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_rung(rung: str, run_python: Callable[..., str]) -> None:
+    """All marked tests of this file in a process of their own."""
+    if rung == "interpreter" and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    mark = "tiny" if rung == "interpreter" else "small"
+    output = run_python(IN_RUNG, "-m", f"{mark} and not slow and not gpu", __file__, **RUNGS[rung])
+    assert " passed" in output and " skipped" not in output, output
