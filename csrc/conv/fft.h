@@ -4,7 +4,7 @@
 // which one product gives the convolution up to a sign where it wraps around: no weights, no packing of conjugates.
 // A block is a polynomial modulo z^m - e^{ia}. It splits into R of degree q = m / R, modulo z^q - e^{i(a + 2 pi k) / R}:
 //
-//   x_j e^{ija...}: child k gets at j the sum over i of x[j + q i] (e^{ia/R})^i w^{ik}, w = e^{2 pi i / R}
+//   child k has at j the sum over s < R of x[j + q s] e^{ias / R} w^{ks}, w = e^{2 pi i / R}
 //
 // so all butterflies of a block share their R - 1 twiddles. Blocks lie where their parent was: values come out in the
 // order of the splits, and the inverse undoes these from the smallest blocks up. Nothing is ever reordered.

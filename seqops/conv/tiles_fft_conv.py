@@ -10,7 +10,7 @@ POWERS = tuple(1 << n for n in range(22))
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 TIMES = (32, 64, 128)  # steps of a tile
 WIDTHS = (8, 16, 32, 64)  # channels of a tile
-MOST_OF_TILE = 4096  # numbers: 32 a thread
+MOST_OF_TILE = 2048  # numbers: 16 a thread; with 32 the reading kernel spills
 SECTOR, LINE = 32, 128  # bytes that memory gives at once, and likes to
 # Arrays of a block that pass between kernels: numbers, their transforms, the product and what comes back.
 ARRAYS = {"forward": 4, "backward": 8}

@@ -251,6 +251,6 @@ def configurations() -> Iterator[dict[str, Any]]:
         for kernel in (kernels.fft_conv_read, kernels.fft_conv_write, kernels.fft_conv_mark):
             types = {a: pointers.get(a) or strided.get(a, "i64") for a in kernel.arg_names if not a.isupper()}
             for time in tiles.TIMES if "BLOCK_T" in kernel.arg_names else (0,):
-                for width in tiles.WIDTHS:
+                for width in (each for each in tiles.WIDTHS if time * each <= tiles.MOST_OF_TILE):
                     constants = {"BLOCK_T": time, "BLOCK_C": width} if time else {"BLOCK_C": width}
                     yield {"kernel": kernel, "types": types, "constants": constants, "options": OPTIONS}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core import backend, choose
 from ..tune.target import Example, Flag, Report, Shape, Target, compile_cuda
-from . import cuda, reference, tiles
+from . import cuda, reference, tiles, tune_fft_conv
 from .op import ops
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -180,4 +180,4 @@ def triton_targets() -> list[Target]:
     return [target(name) for name in triton.TUNABLES if name.startswith("causal_conv1d.")]
 
 
-TARGETS = [*(cuda_target(name) for name in cuda.TUNABLES), *triton_targets()]
+TARGETS = [*(cuda_target(name) for name in cuda.TUNABLES), *triton_targets(), *tune_fft_conv.TARGETS]
