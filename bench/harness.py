@@ -216,10 +216,11 @@ class Rates:
 
 
 def load_cases() -> list[Case]:
-    """The cases of all rooms: of each `bench/<room>.py` that has a package `seqops/<room>` beside it."""
+    """The cases of all rooms: of each `bench/<room>.py` beside a package `seqops/<room>`, and `bench/<operator>.py`."""
     seqops = import_module("seqops")
     rooms = [module.name for module in pkgutil.iter_modules(seqops.__path__) if module.ispkg]
-    found = [f"bench.{room}" for room in rooms if importlib.util.find_spec(f"bench.{room}")]
+    names = dict.fromkeys((*rooms, *import_module("seqops.core.backend").table()))
+    found = [f"bench.{name}" for name in names if importlib.util.find_spec(f"bench.{name}")]
     return [case for name in found for case in import_module(name).CASES]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case, as_tuple, example, fft_conv, params, rnn, scan
+from cases import Case, as_tuple, causal_conv1d, example, fft_conv, params, rnn, scan
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,6 +53,7 @@ VARIANTS = with_options(
     *every(scan.OPERATORS, {}, {"reverse": True}, PACKED),
     *every(("linear_scan",), {"gate": "B1"}, {"gate": ""}, {"gate": "T0", **PACKED}),
     *every(fft_conv.OPERATORS, {}, {"N": 2}, {"T": 34, "D": 2, "L": 40}),
+    *every(causal_conv1d.OPERATORS, {}, {"dilation": 4}, {"silu": False, **PACKED}),
 )
 
 
@@ -93,6 +94,7 @@ def checked_cases() -> list[Any]:
         *params("small", where=lambda case: not case.states, operators=rnn.OPERATORS),
         *params("small", where=of_scan, operators=scan.OPERATORS),
         *params("tiny", where=lambda case: case.B > 0, operators=fft_conv.OPERATORS),
+        *params("tiny", where=lambda case: case.layout == "contiguous", operators=causal_conv1d.OPERATORS),
     ]
 
 
@@ -153,6 +155,7 @@ def gradient_case(op: str, **options: Any) -> tuple[Case, dict[str, Any], dict[s
         *every(cases.OPERATORS, {}, {"T": 1, "reverse": True}),
         *every(rnn.OPERATORS, {"lengths": True, "reverse": True}, {"grad_clip": 1e6}, {"bias": False, "D": 1}),
         *every(scan.OPERATORS, {"states": "none", "reverse": True}, PACKED),
+        *every(causal_conv1d.OPERATORS, {"silu": False, "state": False, "bias": False}, PACKED),
         *every(("linear_scan",), {"gate": "B0"}, {"gate": "T1", "gaps": True}, {"gate": "", **PACKED}),
         *every(("linear_scan",), {"dtype": torch.complex128}, {"gate_dtype": torch.complex128, "gate": "1"}),
     ),
@@ -261,7 +264,7 @@ def test_function_transforms(op: str, options: dict[str, Any], transform: str) -
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("op", scan.OPERATORS)
+@pytest.mark.parametrize("op", [*scan.OPERATORS, *causal_conv1d.OPERATORS])
 def test_vmap_over_packed_sequences_that_differ(op: str) -> None:
     (first, second, *_), rest = drawn(op, **PACKED)
     edges = torch.stack([rest["cu_seqlens"], torch.tensor([0, 2, 4, 5, 5, 6, 7, 7]).to(rest["cu_seqlens"])])
@@ -318,7 +321,7 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("op", scan.OPERATORS)
+@pytest.mark.parametrize("op", [*scan.OPERATORS, *causal_conv1d.OPERATORS])
 def test_compile_with_any_number_of_sequences(op: str, fresh_compiler: None) -> None:
     """Packed: another length and another number of sequences compile nothing new."""
 
@@ -329,7 +332,8 @@ def test_compile_with_any_number_of_sequences(op: str, fresh_compiler: None) -> 
     for first_call, edges in zip(
         (True, False, False), ([0, 3, 5, 5, 8, 11], [0, 0, 2, 7, 8, 9], [0, 12, 13]), strict=True
     ):
-        inputs = example(op, B=1, T=edges[-1], states="none").inputs()
+        without = {"states": "none"} if op in scan.OPERATORS else {"state": False, "bias": False}
+        inputs = example(op, B=1, T=edges[-1], **without).inputs()
         values = [*cases.differentiable(inputs).values(), torch.tensor(edges)]
         with torch._dynamo.config.patch(error_on_recompile=not first_call):
             got = compiled(*values)
@@ -346,7 +350,7 @@ def test_compile_the_public_function(op: str, options: dict[str, Any], fresh_com
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("op", ["lstm", *scan.OPERATORS])
+@pytest.mark.parametrize("op", ["lstm", *scan.OPERATORS, *causal_conv1d.OPERATORS])
 def test_compile_of_transforms(op: str, fresh_compiler: None) -> None:
     values, _ = drawn(op)
     mapped = tuple(torch.stack([v, v * 0.7]) for v in values)
@@ -435,9 +439,9 @@ def test_autocast_of_products(op: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize("op", scan.OPERATORS)
+@pytest.mark.parametrize("op", [*scan.OPERATORS, *causal_conv1d.OPERATORS])
 def test_autocast_casts_no_scan(op: str, dtype: torch.dtype) -> None:
-    if op == "softmax_scan" and dtype.is_complex:
+    if op != "linear_scan" and dtype.is_complex:
         dtype = torch.float16
     case = example(op, dtype=dtype)
     inputs = case.inputs()

@@ -47,6 +47,7 @@ GOOD = {
     "linear_scan": {"x": of(2, 5, 8), "a": of(2, 5, 8)},
     "softmax_scan": {"s": of(2, 5, 3), "v": of(2, 5, 3, 8)},
     "fft_conv": {"u": of(2, 5, 8), "k": of(8, 3)},
+    "causal_conv1d": {"x": of(2, 5, 8), "weight": of(8, 3)},
 }
 # What else may be given, with its shape.
 OTHERS = {
@@ -54,6 +55,7 @@ OTHERS = {
     "linear_scan": {"initial_state": (2, 8)},
     "softmax_scan": {"initial_lse": (2, 3), "initial_out": (2, 3, 8)},
     "fft_conv": {"skip": (8,)},
+    "causal_conv1d": {"bias": (8,), "initial_state": (2, 2, 8)},
 }
 HALF = {"wx": of(2, 5, 4, 1, 8, dtype=torch.bfloat16), "r": of(4, 1, 8, 8, dtype=torch.bfloat16)}
 
@@ -320,8 +322,51 @@ FFT_CONV = [
     ("skip: expected [D] = [8], got [1]", {"skip": of(1)}),
     ("skip: expected float32, got bfloat16", {"skip": of(8, dtype=torch.bfloat16)}),
 ]
+CAUSAL_CONV1D = [
+    ("x: expected 3 dimensions [B, T, D], got shape [5, 8]", {"x": of(5, 8)}),
+    ("x: expected at least 1 channel, got shape [2, 5, 0]", {"x": of(2, 5, 0), "weight": of(0, 3)}),
+    ("x: expected float32, float64, bfloat16 or float16, got int64", {"x": of(2, 5, 8, dtype=torch.int64)}),
+    ("weight: expected [D, W] with D = 8 and W >= 1, got [3, 8]", {"weight": of(3, 8)}),
+    ("weight: expected [D, W] with D = 8 and W >= 1, got [8, 1, 3]", {"weight": of(8, 1, 3)}),
+    ("weight: expected [D, W] with D = 8 and W >= 1, got [8, 0]", {"weight": of(8, 0)}),
+    ("weight: expected float32, got float64", {"weight": of(8, 3, dtype=torch.float64)}),
+    (
+        "weight: expected bfloat16 or float32, got float16",
+        {"x": of(2, 5, 8, dtype=torch.bfloat16), "weight": of(8, 3, dtype=torch.float16)},
+    ),
+    ("bias: expected [D] = [8], got [8, 1]", {"bias": of(8, 1)}),
+    ("bias: expected float32, got bfloat16", {"bias": of(8, dtype=torch.bfloat16)}),
+    ("dilation: expected an integer >= 1, got 0", {"dilation": 0}),
+    ("dilation: expected an integer >= 1, got -3", {"dilation": -3}),
+    ("dilation: expected (W - 1) * dilation below 2**40, got 4611686018427387904", {"dilation": 1 << 62}),
+    ("activation: expected None or 'silu', got 'relu'", {"activation": "relu"}),
+    ("activation: expected None or 'silu', got ''", {"activation": ""}),
+    (
+        "initial_state: expected [B, (W - 1) * dilation, D] = [2, 8, 8], got [2, 2, 8]",
+        {"dilation": 4, "initial_state": of(2, 2, 8)},
+    ),
+    (
+        "initial_state: expected [N, (W - 1) * dilation, D] = [3, 2, 8], got [1, 2, 8]",
+        {"x": of(1, 5, 8), "cu_seqlens": integers(0, 2, 2, 5), "initial_state": of(1, 2, 8)},
+    ),
+    ("initial_state: expected float32, got float64", {"initial_state": of(2, 2, 8, dtype=torch.float64)}),
+    (
+        "initial_state: expected bfloat16, got float32",
+        {
+            "x": of(2, 5, 8, dtype=torch.bfloat16),
+            "weight": of(8, 3, dtype=torch.bfloat16),
+            "initial_state": of(2, 2, 8),
+        },
+    ),
+    ("x: expected batch 1 with cu_seqlens, got shape [2, 5, 8]", {"cu_seqlens": integers(0, 5)}),
+]
 MISTAKES = [
     *RNN,
+    *(Mistake("causal_conv1d", text, change) for text, change in CAUSAL_CONV1D),
+    *(
+        Mistake("causal_conv1d", text, {"x": of(1, 5, 8), "cu_seqlens": edges}, values)
+        for text, edges, values in PACKED
+    ),
     *(Mistake("fft_conv", text, change) for text, change in FFT_CONV),
     *(Mistake("linear_scan", text, change) for text, change in LINEAR),
     *(Mistake("softmax_scan", text, change) for text, change in SOFTMAX),
@@ -420,6 +465,8 @@ def test_devices_must_agree(op: str) -> None:
                 public(op, **arguments(mistake, ours))
     if op in rnn.OPERATORS:
         change = {"lengths": of(2, device="meta")}
+    elif op == "causal_conv1d":
+        change = {"x": of(1, 5, 8), "cu_seqlens": of(2, device="meta")}
     elif op not in scan.OPERATORS:
         return
     else:
@@ -463,6 +510,10 @@ def of_backward(op: str) -> dict[str, Any]:
     if op == "linear_scan_backward":
         x = torch.zeros(2, 5, 3)
         return {"dh": x, "dfinal_state": x[:, 0], "a": x, "h": x, "initial_state": x[:, 0]}
+    if op == "causal_conv1d_backward":
+        x, state = torch.zeros(2, 5, 4), torch.zeros(2, 2, 4)
+        others = {"weight": torch.zeros(4, 3), "bias": torch.zeros(4), "initial_state": state}
+        return {"dy": x, "dfinal_state": state, "x": x, **others}
     if op == "fft_conv_backward":
         dy, u, k = torch.zeros(2, 5, 4, 3), torch.zeros(2, 5, 4), torch.zeros(4, 3, 7)
         return {"dy": dy, "u": u, "k": k, "skip": k[:, 0, 0], "for_u": True, "for_k": True}
@@ -518,6 +569,18 @@ BACKWARD_MISTAKES = [
     ("fft_conv_backward", {"k": torch.zeros(4, 7)}, "dy: expected [B, T, D] = [2, 5, 4], got [2, 5, 4, 3]"),
     ("fft_conv_backward", {"dy": torch.zeros(2, 5, 4, 3).double()}, "dy: expected float32, got float64"),
     ("fft_conv_backward", {"skip": torch.zeros(3)}, "skip: expected [D] = [4], got [3]"),
+    ("causal_conv1d_backward", {"dy": torch.zeros(2, 4, 4)}, "dy: expected [B, T, D] = [2, 5, 4], got [2, 4, 4]"),
+    ("causal_conv1d_backward", {"dy": torch.zeros(2, 5, 4).double()}, "dy: expected float32, got float64"),
+    (
+        "causal_conv1d_backward",
+        {"dfinal_state": torch.zeros(2, 3, 4)},
+        "dfinal_state: expected [B, (W - 1) * dilation, D] = [2, 2, 4], got [2, 3, 4]",
+    ),
+    (
+        "causal_conv1d_backward",
+        {"weight": torch.zeros(5, 3)},
+        "weight: expected [D, W] with D = 4 and W >= 1, got [5, 3]",
+    ),
 ]
 
 

@@ -92,6 +92,14 @@ SEQOPS_INLINE void for_each_vector(int64_t channels, Body body) {
 
 enum class Finish { none, silu, silu_gradient };
 
+// Zero, not merely small, where x is far below zero: silu multiplies it by x.
+template <class T>
+SEQOPS_INLINE Vector<T> sigmoid_to_zero(Vector<T> x) {
+  const Vector<T> e = exp<T>(x > static_cast<T>(0) ? -x : x);
+  const Vector<T> share = reciprocal<T>(e + static_cast<T>(1));
+  return x < static_cast<T>(0) ? e * share : share;
+}
+
 // rows[r .. r + W - 1] are what output r reads; start[r] is added, unless it is null. With silu_gradient `out` is what
 // multiplies dy.
 template <int R, int TAPS, Finish FINISH, class E, class A, class O>
@@ -108,7 +116,7 @@ void convolve(const CausalConv1d& k, int64_t channels, int64_t W, const E* const
     for (int r = 0; r < R; ++r) {
       V value = sums[r];
       if constexpr (FINISH != Finish::none) {
-        const V gate = sigmoid<T>(value);
+        const V gate = sigmoid_to_zero<T>(value);
         if constexpr (FINISH == Finish::silu) {
           value *= gate;
         } else {

@@ -118,22 +118,28 @@ def channels_of(kernel: Pass) -> int:
 MOST_HELD = {"forward": 140, "backward": 104, "wide": 64, "taps": 64}
 
 
-def registers(kernel: Pass, depth: Any) -> Any:
+def registers(kernel: Pass, depth: Any, arch: int) -> Any:
     """Of a thread, at most: fitted to what the compiler took for every pass on five architectures.
 
     depth: rows read ahead; of wide kernels, outputs or taps of a thread.
     """
     vec = channels_of(kernel)
-    held, many = held_words(kernel, vec, depth), int(kernel.taps > 1)
+    held, double, newer = held_words(kernel, vec, depth), int(kernel.words == 2), int(arch >= 100)
     if kernel.walk == "forward":
         ahead = depth * vec * kernel.size // 4
-        return held + ahead + 2 * depth + (50 + 3 * many + 2 * kernel.packed * kernel.taps)
+        packed = kernel.packed * (7 + 5 * kernel.taps // 3)
+        return (
+            held * 53 // 50
+            + ahead * 21 // 20
+            + 7 * depth // 2
+            + (44 + packed + 2 * kernel.silu + 6 * double + 3 * newer)
+        )
     if kernel.walk == "backward":
         ahead = depth * vec * kernel.size // 2
-        return held * 6 // 5 + ahead * 2 // 5 + 10 * depth + (44 + 18 * many + 8 * kernel.silu)
+        return held * 26 // 25 + ahead * 4 // 5 + 5 * depth + (91 + 5 * kernel.silu + 2 * double + 18 * newer)
     if kernel.walk == "wide":
-        return held * 7 // 5 + 5 * depth + (70 + 4 * (kernel.words == 2))
-    return held * 29 // 20 + depth + 67
+        return held * 7 // 5 + (10 + 7 * kernel.packed) * depth // 2 + (72 + 4 * double)
+    return held * 29 // 20 + depth + 69
 
 
 # ---- the choice
@@ -155,7 +161,7 @@ def problem(device: Any, key: Any) -> csp.Problem:
     lanes_of_row = -(-key["D"] // vec)
     # Steps, and a quarter more reads where the rows beside a run are read again.
     steps_of_run = {"forward": (16, 32, 64), "backward": (16, 32, 64), "wide": (4, 8), "taps": (32, 64, 128)}
-    depths = {"forward": (2, 4, 8), "backward": (2, 4), "wide": (4, 8), "taps": (4, 8)}
+    depths = {"forward": (2, 4), "backward": (2,), "wide": (4, 8), "taps": (4, 8)}
 
     p = csp.Problem(str(key))
     threads = p.int("threads", values=(64, 128, 256))
@@ -165,7 +171,7 @@ def problem(device: Any, key: Any) -> csp.Problem:
     turns = p.int("turns", values=(1, 2, 4, 8, 16) if backward else (1,))
     blocks = p.int("blocks", values=(1, 2, 3, 4, 6, 8))  # of a multiprocessor, at once
 
-    taken = p.define("registers", registers(kernel, depth))
+    taken = p.define("registers", registers(kernel, depth, device.arch))
     shared = p.define("shared", threads * (vec * 4 * kernel.words if backward else 0))
     if kernel.walk == "wide":
         p.add(run == depth, "a run is what a thread computes")
