@@ -171,7 +171,9 @@ def in_pieces(case: Case, cuts: Sequence[int]) -> cases.common.Function:
     return call
 
 
-@pytest.mark.parametrize("cuts", [rungs([0]), rungs([1]), [24], [9, 9, 20], rungs([*range(1, 25)])], ids=str)
+@pytest.mark.parametrize(
+    "cuts", [rungs([0]), rungs([1]), [24], [9, 9, 20], pytest.param([*range(1, 25)], marks=pytest.mark.small)], ids=str
+)
 @pytest.mark.parametrize(("W", "dilation"), [(4, 1), (3, 5), (2, 30)])
 def test_pieces_equal_whole(W: int, dilation: int, cuts: list[int]) -> None:
     """Bit for bit: of an output, every tap is added in the same order. Gradients are sums in other orders."""
@@ -388,7 +390,7 @@ def test_rung(rung: str, run_python: Callable[..., str]) -> None:
     if reason:
         pytest.skip(reason)
     mark = "tiny" if rung.startswith("interpreter") else "small"
-    output = run_python(IN_RUNG, rung, "-m", f"{mark} and not slow and not gpu", __file__, **RUNGS[rung])
+    output = run_python(IN_RUNG, "-m", f"{mark} and not slow and not gpu", __file__, **RUNGS[rung])
     assert " passed" in output and " skipped" not in output, output
 
 

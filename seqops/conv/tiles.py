@@ -187,7 +187,7 @@ def problem(device: Any, key: Any) -> csp.Problem:
     items = rows * csp.ceildiv(time, run)
     tiles = csp.ceildiv(key["W"], depth) if kernel.walk == "taps" else 1
     of_lanes = csp.ceildiv(items, groups * turns)  # blocks that share lanes
-    grid = of_lanes * csp.ceildiv(lanes_of_row, lanes) * tiles
+    grid = of_lanes * 1.0 * csp.ceildiv(lanes_of_row, lanes) * tiles  # of any size: not an integer to the solver
     cycle = 1e-3 / device.clock_ghz
 
     # A wave of blocks: rows arrive `depth` at a time, and multiply-adds are as many as the arithmetic has.
@@ -197,10 +197,11 @@ def problem(device: Any, key: Any) -> csp.Problem:
     waiting = (run / depth + 1) * (2 * device.memory_latency_us)
     if kernel.walk == "wide":
         waiting = csp.ceildiv(key["W"], depth) * device.l2_hit_us + 2 * device.memory_latency_us
-    active = csp.min_(blocks, csp.ceildiv(grid, device.processors))
+    active = csp.min_(blocks, csp.max_(1.0, grid / device.processors))
     issue = active * threads * run * (work * vec * cycle * (1 if kernel.words == 1 else 2) / 128)
-    waves = csp.ceildiv(grid, blocks * device.processors) * turns * csp.max_(waiting, issue)
-    elements = rows * time * lanes_of_row * vec
+    rounds = csp.max_(1.0, grid / (blocks * device.processors))
+    waves = rounds * turns * csp.max_(waiting, issue)
+    elements = 1.0 * rows * time * lanes_of_row * vec
     width = lanes * (vec * kernel.size)  # bytes next to each other
     waste = csp.max_(1, SECTOR / width) + csp.max_(0, LINE - width) / (4 * LINE)
     # Rows beside a run come from the second cache, at about twice the memory's rate.
