@@ -383,7 +383,13 @@ def missing(rung: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+# The whole file runs with one of them where the machine has it.
+SELDOM = ("avx512", "avx512_bf16")
+
+
+@pytest.mark.parametrize(
+    "rung", [pytest.param(rung, marks=[pytest.mark.slow] if rung in SELDOM else []) for rung in RUNGS]
+)
 def test_rung(rung: str, run_python: Callable[..., str]) -> None:
     """All marked tests of this file in a process of their own. Above five seconds, since it is a whole rung."""
     reason = missing(rung)
