@@ -21,6 +21,7 @@ from torch import Tensor
 
 import seqops
 from seqops.conv import reference
+from seqops.core import choose
 
 params = partial(cases.params, operators=OPERATORS)
 ops = torch.ops.seqops
@@ -363,3 +364,82 @@ def test_rung(rung: str, run_python: Callable[..., str]) -> None:
     mark = "tiny" if rung == "interpreter" else "small"
     output = run_python(IN_RUNG, "-m", f"{mark} and not slow and not gpu", __file__, **RUNGS[rung])
     assert " passed" in output and " skipped" not in output, output
+
+
+# ---------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", params(where=lambda case: "slow" not in case.marks))
+def test_gpu(case: Case) -> None:
+    """The whole table on CUDA tensors; a second run is bit-equal."""
+    inputs = case.inputs("cuda")
+    with seqops.backend("triton"):
+        got = results(case, inputs)
+        cases.assert_same_bits(results(case, inputs), got)
+    exact = cases.exact_results(case, inputs, case.cotangents(case.reference(**inputs)))
+    cases.assert_within(got, exact, case.bounds(inputs, [], exact))
+
+
+@pytest.mark.gpu
+def test_gpu_graph() -> None:
+    """Forward and backward are captured once and replayed on other values, with the bits of an ordinary run."""
+    case = Case("fft_conv", B=2, T=1000, D=96)
+    inputs = case.inputs("cuda")
+    cotangents = case.cotangents(case.operator(**inputs))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        cases.evaluate(case.operator, inputs, cotangents)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cases.evaluate(case.operator, inputs, cotangents)
+    for factor in (1.0, 0.5, -1.0):
+        with torch.no_grad():
+            inputs["u"].mul_(factor)
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = {key: value.clone() for key, value in captured.items()}
+        cases.assert_same_bits(replayed, cases.evaluate(case.operator, inputs, cotangents))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("taps", [SPLIT, 3000])
+def test_gpu_of_several_blocks(taps: int) -> None:
+    """Channels and rows in blocks, tiles of every shape: the values stay the same but for rounding."""
+    case = Case("fft_conv", B=3, T=3000, D=70, L=taps)
+    inputs = case.inputs("cuda")
+    expected = {name: value.double().cpu() for name, value in results(case, inputs).items()}
+    for time, width, rows in ((32, 8, 8), (32, 64, 64), (64, 32, 16), (128, 16, 1024)):
+        chosen = {"time": time, "width": width, "rows": rows}
+        with choose.forced("fft_conv.forward.triton", chosen), choose.forced("fft_conv.backward.triton", chosen):
+            cases.assert_within(results(case, inputs), expected, 2e-6)
+
+
+def test_blocks_and_tiles_in_the_interpreter(run_python: Callable[..., str]) -> None:
+    """The same at a few steps: blocks of channels, of rows, and of both."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    assert run_python(BLOCKS, PYTHONPATH="tests", SEQOPS_BACKEND="triton", TRITON_INTERPRET="1").endswith("same\n")
+
+
+BLOCKS = """
+import cases, contextlib, torch
+from cases.fft_conv import Case
+from seqops.core import choose
+
+torch.manual_seed(0)
+for many in (None, 2):
+    case = Case("fft_conv", B=3, T=12, D=10, L=9, N=many)
+    inputs = case.inputs()
+    exact = cases.exact_results(case, inputs, case.cotangents(case.reference(**inputs)))
+    for time, width, rows in ((32, 8, 8), (32, 8, 16), (64, 16, 64)):
+        with contextlib.ExitStack() as stack:
+            for direction in ("forward", "backward"):
+                chosen = {"time": time, "width": width, "rows": rows}
+                stack.enter_context(choose.forced(f"fft_conv.{direction}.triton", chosen))
+            got = cases.evaluate(case.operator, inputs, case.cotangents)
+        cases.assert_within(got, exact, 2e-6)
+print("same")
+"""
