@@ -11,6 +11,7 @@ if find_spec("seqops._C") is None:
     )
 
 from . import _C, nn  # noqa: F401  _C registers torch.ops.seqops
+from .conv import causal_conv1d, fft_conv
 from .core.backend import backend, read_environment
 from .rnn import elman, gru, lstm, slstm
 from .scan import linear_scan, softmax_scan
@@ -22,8 +23,10 @@ __version__ = "0.1.0"
 __all__ = [
     "backend",
     "cauchy_kernel",
+    "causal_conv1d",
     "conv_ssm",
     "elman",
+    "fft_conv",
     "gru",
     "linear_scan",
     "lstm",

@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case, as_tuple, conv_ssm, example, params, rnn, scan, ssm_kernel
+from cases import Case, as_tuple, conv_ssm, example, params, rnn, scan, ssm_kernel, causal_conv1d, fft_conv
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,6 +54,8 @@ VARIANTS = with_options(
     *every(("linear_scan",), {"gate": "B1"}, {"gate": ""}, {"gate": "T0", **PACKED}),
     *every(conv_ssm.OPERATORS, {"U": 2, "P": 3}),
     *every(ssm_kernel.OPERATORS, {"T": 6}),
+    *every(fft_conv.OPERATORS, {}, {"N": 2}, {"T": 34, "D": 2, "L": 40}),
+    *every(causal_conv1d.OPERATORS, {}, {"dilation": 4}, {"silu": False, **PACKED}),
 )
 
 
@@ -95,6 +97,8 @@ def checked_cases() -> list[Any]:
         *params("small", where=of_scan, operators=scan.OPERATORS),
         *params("small", where=lambda case: case.layout == "contiguous" and case.B > 0, operators=conv_ssm.OPERATORS),
         *params("small", where=lambda case: case.layout == "contiguous", operators=ssm_kernel.OPERATORS),
+        *params("tiny", where=lambda case: case.B > 0, operators=fft_conv.OPERATORS),
+        *params("tiny", where=lambda case: case.layout == "contiguous", operators=causal_conv1d.OPERATORS),
     ]
 
 
@@ -158,6 +162,7 @@ def gradient_case(op: str, **options: Any) -> tuple[Case, dict[str, Any], dict[s
         *every(cases.OPERATORS, {}, {"T": 1, "reverse": True}),
         *every(rnn.OPERATORS, {"lengths": True, "reverse": True}, {"grad_clip": 1e6}, {"bias": False, "D": 1}),
         *every(scan.OPERATORS, {"states": "none", "reverse": True}, PACKED),
+        *every(causal_conv1d.OPERATORS, {"silu": False, "state": False, "bias": False}, PACKED),
         *every(("linear_scan",), {"gate": "B0"}, {"gate": "T1", "gaps": True}, {"gate": "", **PACKED}),
         *every(("linear_scan",), {"dtype": torch.complex128}, {"gate_dtype": torch.complex128, "gate": "1"}),
     ),
@@ -287,7 +292,7 @@ def test_function_transforms(op: str, options: dict[str, Any], transform: str) -
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("op", scan.OPERATORS)
+@pytest.mark.parametrize("op", [*scan.OPERATORS, *causal_conv1d.OPERATORS])
 def test_vmap_over_packed_sequences_that_differ(op: str) -> None:
     (first, second, *_), rest = drawn(op, **PACKED)
     edges = torch.stack([rest["cu_seqlens"], torch.tensor([0, 2, 4, 5, 5, 6, 7, 7]).to(rest["cu_seqlens"])])
@@ -348,7 +353,7 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("op", scan.OPERATORS)
+@pytest.mark.parametrize("op", [*scan.OPERATORS, *causal_conv1d.OPERATORS])
 def test_compile_with_any_number_of_sequences(op: str, fresh_compiler: None) -> None:
     """Packed: another length and another number of sequences compile nothing new."""
 
@@ -359,7 +364,8 @@ def test_compile_with_any_number_of_sequences(op: str, fresh_compiler: None) -> 
     for first_call, edges in zip(
         (True, False, False), ([0, 3, 5, 5, 8, 11], [0, 0, 2, 7, 8, 9], [0, 12, 13]), strict=True
     ):
-        inputs = example(op, B=1, T=edges[-1], states="none").inputs()
+        without = {"states": "none"} if op in scan.OPERATORS else {"state": False, "bias": False}
+        inputs = example(op, B=1, T=edges[-1], **without).inputs()
         values = [*cases.differentiable(inputs).values(), torch.tensor(edges)]
         with torch._dynamo.config.patch(error_on_recompile=not first_call):
             got = compiled(*values)
@@ -376,7 +382,7 @@ def test_compile_the_public_function(op: str, options: dict[str, Any], fresh_com
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("op", ["lstm", *scan.OPERATORS])
+@pytest.mark.parametrize("op", ["lstm", *scan.OPERATORS, *causal_conv1d.OPERATORS])
 def test_compile_of_transforms(op: str, fresh_compiler: None) -> None:
     values, _ = drawn(op)
     mapped = tuple(torch.stack([v, v * 0.7]) for v in values)
@@ -435,6 +441,7 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
         "conv_ssm": (sequence, None, None, None, None, row),
         "ssm_kernel": (row, row),
         "cauchy_kernel": (row, {0: time}, row),
+        "fft_conv": (sequence, None, None),
     }.get(op, (sequence, None, None, row))
     exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=(dynamic,))
     assert [str(n.target) for n in exported.graph.nodes if "seqops" in str(n.target)] == [f"seqops.{op}.default"]
@@ -467,7 +474,7 @@ def test_autocast_of_products(op: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize("op", [*scan.OPERATORS, *conv_ssm.OPERATORS])
+@pytest.mark.parametrize("op", [*scan.OPERATORS, *conv_ssm.OPERATORS, *causal_conv1d.OPERATORS])
 def test_autocast_casts_no_scan(op: str, dtype: torch.dtype) -> None:
     if op != "linear_scan" and dtype.is_complex:
         dtype = torch.float16
@@ -688,7 +695,7 @@ class Module(types.ModuleType):
             raise LookupError(f"{self.__name__}.{name}")
         return serve
 
-for room in ("rnn", "scan", "ssm"):
+for room in ("rnn", "scan", "ssm", "conv"):
     sys.modules[f"seqops.{room}.triton"] = Module(f"seqops.{room}.triton")
 for op in cases.OPERATORS:
     try:

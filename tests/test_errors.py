@@ -56,6 +56,8 @@ GOOD = {
     "cauchy_kernel": {
         name: of(*s, dtype=torch.complex64) for name, s in (("v", (2, 5)), ("nodes", (7,)), ("w", (2, 5)))
     },
+    "fft_conv": {"u": of(2, 5, 8), "k": of(8, 3)},
+    "causal_conv1d": {"x": of(2, 5, 8), "weight": of(8, 3)},
 }
 # What else may be given, with its shape.
 OTHERS = {
@@ -65,6 +67,8 @@ OTHERS = {
     "conv_ssm": {"d": (1, 1, 8, 8), "initial_state": (2, 4, 6, 7)},
     "ssm_kernel": {},
     "cauchy_kernel": {},
+    "fft_conv": {"skip": (8,)},
+    "causal_conv1d": {"bias": (8,), "initial_state": (2, 2, 8)},
 }
 HALF = {"wx": of(2, 5, 4, 1, 8, dtype=torch.bfloat16), "r": of(4, 1, 8, 8, dtype=torch.bfloat16)}
 
@@ -360,10 +364,72 @@ KERNELS = [
     ("cauchy_kernel", "w: expected complex64, got complex128", {"w": of(2, 5, dtype=torch.complex128)}),
     ("cauchy_kernel", "nodes: expected complex64, got int64", {"nodes": of(7, dtype=torch.int64), "w": of(1)}),
 ]
+FFT_CONV = [
+    ("u: expected 3 dimensions [B, T, D], got shape [2, 5, 1, 8]", {"u": of(2, 5, 1, 8)}),
+    ("u: expected at least 1 channel, got shape [2, 5, 0]", {"u": of(2, 5, 0), "k": of(0, 3)}),
+    ("u: expected float32, float64, bfloat16 or float16, got complex64", {"u": of(2, 5, 8, dtype=torch.complex64)}),
+    ("k: expected 2 or 3 dimensions [D, L] or [D, N, L], got shape [8]", {"k": of(8)}),
+    ("k: expected 2 or 3 dimensions [D, L] or [D, N, L], got shape [8, 1, 1, 3]", {"k": of(8, 1, 1, 3)}),
+    ("k: expected D = 8 in front, got [7, 3]", {"k": of(7, 3)}),
+    ("k: expected at least 1 kernel a channel, got shape [8, 0, 3]", {"k": of(8, 0, 3)}),
+    ("k: expected float32, got float64", {"k": of(8, 3, dtype=torch.float64)}),
+    ("k: expected float64, got float32", {"u": of(2, 5, 8, dtype=torch.float64)}),
+    (
+        "k: expected bfloat16 or float32, got float16",
+        {"u": of(2, 5, 8, dtype=torch.bfloat16), "k": of(8, 3, dtype=torch.float16)},
+    ),
+    ("skip: expected [D] = [8], got [8, 1]", {"skip": of(8, 1)}),
+    ("skip: expected [D] = [8], got [1]", {"skip": of(1)}),
+    ("skip: expected float32, got bfloat16", {"skip": of(8, dtype=torch.bfloat16)}),
+]
+CAUSAL_CONV1D = [
+    ("x: expected 3 dimensions [B, T, D], got shape [5, 8]", {"x": of(5, 8)}),
+    ("x: expected at least 1 channel, got shape [2, 5, 0]", {"x": of(2, 5, 0), "weight": of(0, 3)}),
+    ("x: expected float32, float64, bfloat16 or float16, got int64", {"x": of(2, 5, 8, dtype=torch.int64)}),
+    ("weight: expected [D, W] with D = 8 and W >= 1, got [3, 8]", {"weight": of(3, 8)}),
+    ("weight: expected [D, W] with D = 8 and W >= 1, got [8, 1, 3]", {"weight": of(8, 1, 3)}),
+    ("weight: expected [D, W] with D = 8 and W >= 1, got [8, 0]", {"weight": of(8, 0)}),
+    ("weight: expected float32, got float64", {"weight": of(8, 3, dtype=torch.float64)}),
+    (
+        "weight: expected bfloat16 or float32, got float16",
+        {"x": of(2, 5, 8, dtype=torch.bfloat16), "weight": of(8, 3, dtype=torch.float16)},
+    ),
+    ("bias: expected [D] = [8], got [8, 1]", {"bias": of(8, 1)}),
+    ("bias: expected float32, got bfloat16", {"bias": of(8, dtype=torch.bfloat16)}),
+    ("dilation: expected an integer >= 1, got 0", {"dilation": 0}),
+    ("dilation: expected an integer >= 1, got -3", {"dilation": -3}),
+    ("dilation: expected (W - 1) * dilation below 2**40, got 4611686018427387904", {"dilation": 1 << 62}),
+    ("activation: expected None or 'silu', got 'relu'", {"activation": "relu"}),
+    ("activation: expected None or 'silu', got ''", {"activation": ""}),
+    (
+        "initial_state: expected [B, (W - 1) * dilation, D] = [2, 8, 8], got [2, 2, 8]",
+        {"dilation": 4, "initial_state": of(2, 2, 8)},
+    ),
+    (
+        "initial_state: expected [N, (W - 1) * dilation, D] = [3, 2, 8], got [1, 2, 8]",
+        {"x": of(1, 5, 8), "cu_seqlens": integers(0, 2, 2, 5), "initial_state": of(1, 2, 8)},
+    ),
+    ("initial_state: expected float32, got float64", {"initial_state": of(2, 2, 8, dtype=torch.float64)}),
+    (
+        "initial_state: expected bfloat16, got float32",
+        {
+            "x": of(2, 5, 8, dtype=torch.bfloat16),
+            "weight": of(8, 3, dtype=torch.bfloat16),
+            "initial_state": of(2, 2, 8),
+        },
+    ),
+    ("x: expected batch 1 with cu_seqlens, got shape [2, 5, 8]", {"cu_seqlens": integers(0, 5)}),
+]
 MISTAKES = [
     *RNN,
     *(Mistake(op, text, change) for op, text, change in KERNELS),
     *(Mistake("conv_ssm", text, change) for text, change in CONV_SSM),
+    *(Mistake("causal_conv1d", text, change) for text, change in CAUSAL_CONV1D),
+    *(
+        Mistake("causal_conv1d", text, {"x": of(1, 5, 8), "cu_seqlens": edges}, values)
+        for text, edges, values in PACKED
+    ),
+    *(Mistake("fft_conv", text, change) for text, change in FFT_CONV),
     *(Mistake("linear_scan", text, change) for text, change in LINEAR),
     *(Mistake("softmax_scan", text, change) for text, change in SOFTMAX),
     *(Mistake("linear_scan", text, packed(edges), values) for text, edges, values in PACKED),
@@ -464,6 +530,8 @@ def test_devices_must_agree(op: str) -> None:
                 public(op, **arguments(mistake, ours))
     if op in rnn.OPERATORS:
         change = {"lengths": of(2, device="meta")}
+    elif op == "causal_conv1d":
+        change = {"x": of(1, 5, 8), "cu_seqlens": of(2, device="meta")}
     elif op not in scan.OPERATORS:
         return
     else:
@@ -502,8 +570,8 @@ def test_good_edges_of_scans_are_accepted() -> None:
             assert [o.dtype for o in case.operator(**case.inputs())] == case.output_dtypes
 
 
-def of_backward(op: str) -> dict[str, Tensor | None]:
-    """Good arguments of a scan's backward, B = 2, T = 5."""
+def of_backward(op: str) -> dict[str, Any]:
+    """Good arguments of a backward, B = 2, T = 5."""
     if op == "linear_scan_backward":
         x = torch.zeros(2, 5, 3)
         return {"dh": x, "dfinal_state": x[:, 0], "a": x, "h": x, "initial_state": x[:, 0]}
@@ -518,6 +586,13 @@ def of_backward(op: str) -> dict[str, Tensor | None]:
         b, c, d = (torch.zeros(1, 1, *sizes) for sizes in ((4, 6), (6, 4), (4, 4)))
         tensors = {"dy": u, "dfinal_state": x, "u": u, "a": a, "b": b + 0j, "c": c + 0j, "d": d, "initial_state": x}
         return tensors | {"entering": x[:, None][:, :0]}
+    if op == "causal_conv1d_backward":
+        x, state = torch.zeros(2, 5, 4), torch.zeros(2, 2, 4)
+        others = {"weight": torch.zeros(4, 3), "bias": torch.zeros(4), "initial_state": state}
+        return {"dy": x, "dfinal_state": state, "x": x, **others}
+    if op == "fft_conv_backward":
+        dy, u, k = torch.zeros(2, 5, 4, 3), torch.zeros(2, 5, 4), torch.zeros(4, 3, 7)
+        return {"dy": dy, "u": u, "k": k, "skip": k[:, 0, 0], "for_u": True, "for_k": True}
     s, v = torch.zeros(2, 5, 3), torch.zeros(2, 5, 3, 4)
     tensors = {"grad_o": v, "grad_lse": s, "s": s, "v": v, "o": v, "m": s, "u": s + 1}
     return tensors | {"initial_lse": s[:, 0], "initial_out": v[:, 0]}
@@ -590,6 +665,22 @@ BACKWARD_MISTAKES = [
     ("cauchy_kernel_backward", {"dy": torch.zeros(2, 7)}, "dy: expected complex64, got float32"),
     ("cauchy_kernel_backward", {"w": torch.zeros(2) + 0j}, "w: expected [H, N] = [2, 5], got [2]"),
     ("softmax_scan_backward", {"initial_out": None}, "initial_out: expected together with initial_lse, got None"),
+    ("fft_conv_backward", {"dy": torch.zeros(2, 5, 4)}, "dy: expected [B, T, D, N] = [2, 5, 4, 3], got [2, 5, 4]"),
+    ("fft_conv_backward", {"k": torch.zeros(4, 7)}, "dy: expected [B, T, D] = [2, 5, 4], got [2, 5, 4, 3]"),
+    ("fft_conv_backward", {"dy": torch.zeros(2, 5, 4, 3).double()}, "dy: expected float32, got float64"),
+    ("fft_conv_backward", {"skip": torch.zeros(3)}, "skip: expected [D] = [4], got [3]"),
+    ("causal_conv1d_backward", {"dy": torch.zeros(2, 4, 4)}, "dy: expected [B, T, D] = [2, 5, 4], got [2, 4, 4]"),
+    ("causal_conv1d_backward", {"dy": torch.zeros(2, 5, 4).double()}, "dy: expected float32, got float64"),
+    (
+        "causal_conv1d_backward",
+        {"dfinal_state": torch.zeros(2, 3, 4)},
+        "dfinal_state: expected [B, (W - 1) * dilation, D] = [2, 2, 4], got [2, 3, 4]",
+    ),
+    (
+        "causal_conv1d_backward",
+        {"weight": torch.zeros(5, 3)},
+        "weight: expected [D, W] with D = 4 and W >= 1, got [5, 3]",
+    ),
 ]
 
 
@@ -599,7 +690,7 @@ def test_backward_operators_refuse(op: str, change: dict[str, Any], text: str, d
     """Our formulas call them; called by others they must not read past a tensor's end."""
     named = {"cu_seqlens": change["cu_seqlens"].to(device)} if "cu_seqlens" in change else {}
     changed = {name: value for name, value in change.items() if name != "cu_seqlens"}
-    values = [None if t is None else t.to(device) for t in (of_backward(op) | changed).values()]
+    values = [t.to(device) if torch.is_tensor(t) else t for t in (of_backward(op) | changed).values()]
     with pytest.raises(ValueError) as caught:
         getattr(torch.ops.seqops, op)(*values, **named)
     assert str(caught.value) == f"{op}: {text}"

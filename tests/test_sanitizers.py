@@ -53,7 +53,7 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(run_python: Callable
     output = run_python(
         CHECK,
         *("-o", f"pythonpath={tmp_path}", "-m", "sanitize", "-k", "values_and_gradients or number_of_threads"),
-        *(str(ROOT / "tests" / name) for name in ("test_rnn.py", "test_scan.py")),
+        *(str(ROOT / "tests" / name) for name in ("test_rnn.py", "test_scan.py", "test_fft_conv.py")),
         folder=tmp_path,
         PYTHONPATH=str(tmp_path),
         LD_PRELOAD=f"{runtime(compiler, 'libasan.so')} {runtime(compiler, 'libstdc++.so')}",

@@ -28,6 +28,9 @@ CLOSE = 33
 # Of the recurrent cells: 21 in the mean. Where a thread holds little, the compiler takes between 80 and 200 for nearly
 # equal counts of everything, as it starts a step's loads one after the other or all at once; the widest gap is 88.
 CLOSE_OF_CELLS = 90
+# Of causal convolutions: 25 in the mean. With few taps the compiler takes 48 more or fewer on one architecture than on
+# another, for the same counts of everything.
+CLOSE_OF_CONVOLUTIONS = 58
 
 TARGETS = [target for target in targets() if target.backend == "cuda"]
 
@@ -73,6 +76,7 @@ def test_choice_compiles_as_predicted(target: Target, key: choose.Key, device: d
     assert report is not None
     assert not report.stack and not report.spills
     close = CLOSE_OF_CELLS if "exchange" in solution else CLOSE
+    close = CLOSE_OF_CONVOLUTIONS if target.op == "causal_conv1d" else close
     assert predicted["registers"] - close <= report.registers <= predicted["registers"]
     assert report.registers <= device.thread_registers(threads_of(problem, solution))
     assert report.shared == predicted["shared"] <= device.shared_per_block

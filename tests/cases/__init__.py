@@ -7,7 +7,7 @@ and the bound its errors must keep. Errors are relative root mean squares agains
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import common, conv_ssm, rnn, scan, ssm_kernel
+from . import common, conv_ssm, rnn, scan, ssm_kernel, causal_conv1d, fft_conv
 from .common import (
     LAYOUTS,
     NARROW,
@@ -29,7 +29,7 @@ from .common import (
     same_bits,
 )
 
-ROOMS = {op: room for room in (rnn, scan, conv_ssm, ssm_kernel) for op in room.OPERATORS}
+ROOMS = {op: room for room in (rnn, scan, conv_ssm, ssm_kernel, causal_conv1d, fft_conv) for op in room.OPERATORS}
 OPERATORS = tuple(ROOMS)
 CASES: dict[str, list[Case]] = {op: room.table(op) for op, room in ROOMS.items()}
 
@@ -47,11 +47,13 @@ __all__ = [
     "assert_same_bits",
     "assert_within",
     "conv_ssm",
+    "causal_conv1d",
     "differentiable",
     "error",
     "evaluate",
     "exact_results",
     "example",
+    "fft_conv",
     "in_double",
     "in_float64",
     "only",
