@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case, as_tuple, conv_ssm, example, params, rnn, scan, ssm_kernel, causal_conv1d, fft_conv
+from cases import Case, as_tuple, causal_conv1d, conv_ssm, example, fft_conv, params, rnn, scan, ssm_kernel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

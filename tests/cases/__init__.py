@@ -7,7 +7,7 @@ and the bound its errors must keep. Errors are relative root mean squares agains
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import common, conv_ssm, rnn, scan, ssm_kernel, causal_conv1d, fft_conv
+from . import causal_conv1d, common, conv_ssm, fft_conv, rnn, scan, ssm_kernel
 from .common import (
     LAYOUTS,
     NARROW,
