@@ -13,9 +13,9 @@ if find_spec("seqops._C") is None:
 from . import _C, nn  # noqa: F401  _C registers torch.ops.seqops
 from .core.backend import backend, read_environment
 from .rnn import elman, gru, lstm, slstm
-from .scan import linear_scan, softmax_scan
+from .scan import grid_scan, linear_scan, softmax_scan
 
 read_environment()
 
 __version__ = "0.1.0"
-__all__ = ["backend", "elman", "gru", "linear_scan", "lstm", "nn", "slstm", "softmax_scan"]
+__all__ = ["backend", "elman", "grid_scan", "gru", "linear_scan", "lstm", "nn", "slstm", "softmax_scan"]

@@ -7,7 +7,7 @@ and the bound its errors must keep. Errors are relative root mean squares agains
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import common, rnn, scan
+from . import common, grid_scan, rnn, scan
 from .common import (
     LAYOUTS,
     NARROW,
@@ -28,7 +28,7 @@ from .common import (
     same_bits,
 )
 
-ROOMS = {op: room for room in (rnn, scan) for op in room.OPERATORS}
+ROOMS = {op: room for room in (rnn, scan, grid_scan) for op in room.OPERATORS}
 OPERATORS = tuple(ROOMS)
 CASES: dict[str, list[Case]] = {op: room.table(op) for op, room in ROOMS.items()}
 
@@ -49,6 +49,7 @@ __all__ = [
     "evaluate",
     "exact_results",
     "example",
+    "grid_scan",
     "in_double",
     "in_float64",
     "only",
