@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case, example, params, rnn, scan
+from cases import Case, example, grid_scan, params, rnn, scan
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,11 +38,21 @@ def every(operators: tuple[str, ...], *options: dict[str, Any]) -> list[tuple[st
 
 
 PACKED = {"B": 1, "T": 7, "packed": True}
+REVERSED = {"reverse": True}
+
+
+def reversed_if_possible(op: str) -> dict[str, Any]:
+    """The option, for operators that have it."""
+    schema = getattr(torch.ops.seqops, op).default._schema
+    return REVERSED if any(argument.name == "reverse" for argument in schema.arguments) else {}
+
+
 # Every way of an operator to treat its arguments apart.
 VARIANTS = with_options(
     *every(rnn.OPERATORS, {"lengths": True, "reverse": True, "grad_clip": 0.3}),
     *every(scan.OPERATORS, {}, {"reverse": True}, PACKED),
     *every(("linear_scan",), {"gate": "B1"}, {"gate": ""}, {"gate": "T0", **PACKED}),
+    *every(("grid_scan",), {"Y": 2, "H": 1}),
 )
 
 
@@ -77,11 +87,15 @@ def checked_cases() -> list[Any]:
         native = case.T == 9 and case.states == "storage"
         return native or case.B * case.T == 0 or (case.T == 20 and case.packed) or (case.T == 5 and len(case.gate) == 1)
 
+    def of_grid(case: grid_scan.Case) -> bool:
+        return case.states == "storage" or case.B * case.T == 0 or len(case.without) == 2
+
     return [
         *params("small", where=lambda case: case.lengths and case.B * case.T != 0, operators=rnn.OPERATORS),
         *params("small", where=lambda case: case.B * case.T == 0 < case.B + case.T, operators=rnn.OPERATORS),
         *params("small", where=lambda case: not case.states, operators=rnn.OPERATORS),
         *params("small", where=of_scan, operators=scan.OPERATORS),
+        *params("small", where=of_grid, operators=grid_scan.OPERATORS),
     ]
 
 
@@ -124,10 +138,13 @@ def test_schema_is_the_public_signature(op: str) -> None:
 
 # ---------------------------------------------------------------- autograd
 
+# Where an example has many numbers: finite differences take two calls for each.
+FEWER = {"grid_scan": {"B": 1, "T": 2, "Y": 2, "H": 1, "D": 2}}
+
 
 def gradient_case(op: str, **options: Any) -> tuple[Case, dict[str, Any], dict[str, Tensor], Callable[..., Any]]:
     """A float64 case, its inputs, its leaves, and the operator as a function of the leaves in that order."""
-    case = example(op, **({"T": 4, "dtype": torch.float64} | options))
+    case = example(op, **({"T": 4, "dtype": torch.float64} | FEWER.get(op, {}) | options))
     inputs = case.inputs()
     if op in rnn.OPERATORS and case.lengths:
         with torch.no_grad():  # finite differences of NaN are NaN
@@ -194,6 +211,14 @@ def test_forward_mode_is_refused(op: str) -> None:
 # ---------------------------------------------------------------- torch.func
 
 
+def by_position(op: str, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The function, to which tensors that have a name alone are given after the others, in the order of the schema."""
+    arguments = getattr(torch.ops.seqops, op).default._schema.arguments
+    named = [argument.name for argument in arguments if argument.kwarg_only]
+    first = len(arguments) - len(named)
+    return lambda *values, **options: function(*values[:first], **dict(zip(named, values[first:])), **options)  # noqa: B905
+
+
 def loss_of(function: Callable[..., tuple[Tensor, ...]], options: dict[str, Any]) -> Callable[..., Tensor]:
     """A scalar of every output, of the positional tensors."""
     return lambda *values: sum(output.sin().sum() for output in function(*values, **options))
@@ -245,8 +270,8 @@ def test_function_transforms(op: str, options: dict[str, Any], transform: str) -
     tensors, rest = drawn(op, **options)
     # Three different copies to map over.
     values = tuple(torch.stack([v, v.flip(0) * 0.7, v + 0.1]) for v in tensors)
-    got = TRANSFORMS[transform](loss_of(getattr(seqops, op), rest), values)
-    expected = TRANSFORMS[transform](loss_of(example(op).reference, rest), values)
+    got = TRANSFORMS[transform](loss_of(by_position(op, getattr(seqops, op)), rest), values)
+    expected = TRANSFORMS[transform](loss_of(by_position(op, example(op).reference), rest), values)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -269,7 +294,8 @@ def test_transform_inside_ordinary_autograd(op: str) -> None:
         value = torch.func.grad_and_value(loss_of(function, {}))(values[0].detach(), *values[1:])[1]
         return torch.autograd.grad(value, values[1])[0]
 
-    torch.testing.assert_close(outer(getattr(seqops, op)), outer(example(op).reference), rtol=1e-10, atol=1e-12)
+    got, expected = (outer(by_position(op, f)) for f in (getattr(seqops, op), example(op).reference))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
 # ---------------------------------------------------------------- compile, export
@@ -288,10 +314,11 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
 
     Torch itself treats sizes of 0 and 1 apart, and the gradient of r has one of T - 1.
     """
-    options = {"reverse": True} | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
+    options = reversed_if_possible(op) | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
+    call = by_position(op, getattr(torch.ops.seqops, op))
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:
-        outputs = getattr(torch.ops.seqops, op)(*values, **options)
+        outputs = call(*values, **options)
         return tuple(output * 2 for output in outputs)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -335,7 +362,7 @@ def test_compile_the_public_function(op: str, options: dict[str, Any], fresh_com
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("op", ["lstm", *scan.OPERATORS])
+@pytest.mark.parametrize("op", ["lstm", *scan.OPERATORS, "grid_scan"])
 def test_compile_of_transforms(op: str, fresh_compiler: None) -> None:
     values, _ = drawn(op)
     mapped = tuple(torch.stack([v, v * 0.7]) for v in values)
@@ -343,7 +370,7 @@ def test_compile_of_transforms(op: str, fresh_compiler: None) -> None:
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, backend="aot_eager")
 
-    ours, theirs = loss_of(getattr(seqops, op), {}), loss_of(example(op).reference, {})
+    ours, theirs = (loss_of(by_position(op, f), {}) for f in (getattr(seqops, op), example(op).reference))
     torch.testing.assert_close(compiled(torch.func.grad(ours))(*values), torch.func.grad(theirs)(*values))
     got = compiled(torch.vmap(torch.func.grad(ours)))(*mapped)
     torch.testing.assert_close(got, torch.vmap(torch.func.grad(theirs))(*mapped))
@@ -374,11 +401,13 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
     recurrent = op in rnn.OPERATORS
     options = {"lengths": True, "states": False} if recurrent else {}
     last = ("lengths",) if recurrent else ()
+    call = by_position(op, getattr(torch.ops.seqops, op))
 
     class Module(torch.nn.Module):
         def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
             named = dict(zip(reversed(last), reversed(values), strict=False))
-            return getattr(torch.ops.seqops, op)(*values[: len(values) - len(last)], **named, reverse=True)
+            named |= reversed_if_possible(op)
+            return call(*values[: len(values) - len(last)], **named)
 
     def arguments(B: int, T: int) -> tuple[Tensor, ...]:
         inputs = example(op, B=B, T=T, **options).inputs()
@@ -390,6 +419,7 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
     dynamic = {
         "linear_scan": (sequence, sequence, row),
         "softmax_scan": (sequence, sequence, row, row),
+        "grid_scan": (sequence,) * 6 + (row, sequence),
     }.get(op, (sequence, None, None, row))
     exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=(dynamic,))
     assert [str(n.target) for n in exported.graph.nodes if "seqops" in str(n.target)] == [f"seqops.{op}.default"]
@@ -422,9 +452,9 @@ def test_autocast_of_products(op: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize("op", scan.OPERATORS)
+@pytest.mark.parametrize("op", [*scan.OPERATORS, *grid_scan.OPERATORS])
 def test_autocast_casts_no_scan(op: str, dtype: torch.dtype) -> None:
-    if op == "softmax_scan" and dtype.is_complex:
+    if op != "linear_scan" and dtype.is_complex:
         dtype = torch.float16
     case = example(op, dtype=dtype)
     inputs = case.inputs()
@@ -513,7 +543,7 @@ def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_forced_reference(op: str, mode: str, reference_calls: list[int]) -> None:
     """It runs, once, gives the reference's own bits and gradients, and is gone when the block ends."""
-    case = example(op, **({"lengths": True} if op in rnn.OPERATORS else PACKED))
+    case = example(op, **({"lengths": True} if op in rnn.OPERATORS else PACKED if op in scan.OPERATORS else {}))
     inputs = case.inputs()
     expected = case.reference(**inputs)
     cotangents = case.cotangents(expected)
@@ -595,7 +625,9 @@ def test_forced_backend_that_cannot_serve_says_why(
     text = str(caught.value)
     assert text.startswith(f"seqops::{op}: backend '{name}' cannot serve this call: {reason}; backends that exist: ref")
     variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
-    assert variable in reason and text.endswith("backends that exist: reference, cpu, triton, cuda")
+    served = [backend for backend in backends.BACKENDS if backend in backends._served[op]]
+    assert (variable if name in served else f"no {name} kernel in this release") in reason
+    assert text.endswith(f"backends that exist: {', '.join(served)}")
 
 
 def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
@@ -662,9 +694,11 @@ def test_without_cupy(triton: str, run_python: Callable[..., str]) -> None:
     has_triton = {op for op, _, name in backends.kernels() if name == "triton"}
     for op, text in said.items():
         if triton == "with" and op in has_triton and find_spec("triton") is not None:
-            assert text == f"seqops.{'scan' if op in scan.OPERATORS else 'rnn'}.triton.{op}"
+            assert text == f"{getattr(seqops, op).__module__.rpartition('.')[0]}.triton.{op}"
             continue
-        assert text.startswith(f"seqops::{op}: no kernel for cuda tensors (cuda: CuPy is not installed (pip install ")
+        has_cuda = "cuda" in backends._served[op]
+        reason = "CuPy is not installed (pip install " if has_cuda else "no cuda kernel in this release"
+        assert text.startswith(f"seqops::{op}: no kernel for cuda tensors (cuda: {reason}")
         assert op not in has_triton or "triton: Triton is not installed (pip install triton)" in text
         assert "backends that exist: reference, cpu" in text
 
@@ -687,10 +721,12 @@ def test_backward_keeps_the_forced_backend(op: str, monkeypatch: pytest.MonkeyPa
             return getattr(torch.ops.seqops, name)(*args, **options)
 
     monkeypatch.setenv("SEQOPS_SIMULATE", "1")
-    calls = counted(monkeypatch, "cuda", native)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    name = "cuda" if "cuda" in backends._served[op] else "triton"
+    calls = counted(monkeypatch, name, native)
     case = example(op)
     inputs = case.inputs()
-    with seqops.backend("cuda"):
+    with seqops.backend(name):
         outputs = case.operator(**inputs)
     assert len(calls) == 1
     leaves = [*cases.differentiable(inputs).values()]

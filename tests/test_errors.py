@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqops
+from seqops.core import backend as backends
 from seqops.rnn.op import check_for_gpu
 
 
@@ -45,12 +46,17 @@ GOOD = {
     **{op: {"wx": of(2, 5, rnn.GATES[op], 1, 8), "r": of(rnn.GATES[op], 1, 8, 8)} for op in rnn.OPERATORS},
     "linear_scan": {"x": of(2, 5, 8), "a": of(2, 5, 8)},
     "softmax_scan": {"s": of(2, 5, 3), "v": of(2, 5, 3, 8)},
+    "grid_scan": {
+        **dict.fromkeys(("x_r", "x_d"), of(2, 5, 4, 3, 8)),
+        **dict.fromkeys(("t_rl", "t_ru", "t_dl", "t_du"), of(2, 5, 4, 3)),
+    },
 }
 # What else may be given, with its shape.
 OTHERS = {
     **{op: {"b": (gates, 1, 8), **dict.fromkeys(rnn.STATES[op], (2, 1, 8))} for op, gates in rnn.GATES.items()},
     "linear_scan": {"initial_state": (2, 8)},
     "softmax_scan": {"initial_lse": (2, 3), "initial_out": (2, 3, 8)},
+    "grid_scan": {"initial_left": (2, 4, 3, 8), "initial_top": (2, 5, 3, 8)},
 }
 HALF = {"wx": of(2, 5, 4, 1, 8, dtype=torch.bfloat16), "r": of(4, 1, 8, 8, dtype=torch.bfloat16)}
 
@@ -299,8 +305,60 @@ PACKED = [
     ("cu_seqlens: expected T = 5 at the end, got 0", integers(0), True),
     ("cu_seqlens: expected T = 5 at the end, got 9223372036854775807", integers(0, 2**63 - 1), True),
 ]
+NODES, OF_GATES = "[B, X, Y, H, D] = [2, 5, 4, 3, 8]", "[B, X, Y, H] = [2, 5, 4, 3]"
+GRID = [
+    ("x_r: expected 5 dimensions [B, X, Y, H, D], got shape [2, 5, 4, 8]", {"x_r": of(2, 5, 4, 8)}),
+    ("x_r: expected 5 dimensions [B, X, Y, H, D], got shape []", {"x_r": of()}),
+    ("x_r: expected at least 1 head and 1 channel, got shape [2, 5, 4, 0, 8]", {"x_r": of(2, 5, 4, 0, 8)}),
+    ("x_r: expected at least 1 head and 1 channel, got shape [2, 5, 4, 3, 0]", {"x_r": of(2, 5, 4, 3, 0)}),
+    *(
+        (f"x_r: expected float32, float64, bfloat16 or float16, got {name}", {"x_r": of(2, 5, 4, 3, 8, dtype=dtype)})
+        for name, dtype in (("int64", torch.int64), ("complex64", torch.complex64))
+    ),
+    (f"x_d: expected {NODES}, got [2, 5, 4, 3, 7]", {"x_d": of(2, 5, 4, 3, 7)}),
+    (f"x_d: expected {NODES}, got [2, 5, 4, 3]", {"x_d": of(2, 5, 4, 3)}),
+    ("x_d: expected float32, got bfloat16", {"x_d": of(2, 5, 4, 3, 8, dtype=torch.bfloat16)}),
+    *(
+        (f"{name}: expected {OF_GATES}, got {[*shape]}", {name: of(*shape)})
+        for name in ("t_rl", "t_ru", "t_dl", "t_du")
+        for shape in ((2, 5, 4), (2, 4, 5, 3), (2, 5, 4, 3, 1))
+    ),
+    *(
+        (f"{name}: expected {HALF_GATES}, got {got}", {name: of(2, 5, 4, 3, dtype=dtype)})
+        for name in ("t_rl", "t_ru", "t_dl", "t_du")
+        for got, dtype in (("float64", torch.float64), ("int32", torch.int32))
+    ),
+    (
+        "t_dl: expected bfloat16, float16, float32 or float64, got complex64",
+        {
+            **dict.fromkeys(("x_r", "x_d"), of(2, 5, 4, 3, 8, dtype=torch.float64)),
+            "t_dl": of(2, 5, 4, 3, dtype=torch.complex64),
+        },
+    ),
+    (
+        "initial_left: expected [B, Y, H, D] = [2, 4, 3, 8], got [2, 5, 3, 8]",
+        {"initial_left": of(2, 5, 3, 8), "initial_top": of(2)},
+    ),
+    ("initial_top: expected [B, X, H, D] = [2, 5, 3, 8], got [2, 4, 3, 8]", {"initial_top": of(2, 4, 3, 8)}),
+    ("initial_left: expected float32, got float64", {"initial_left": of(2, 4, 3, 8, dtype=torch.float64)}),
+    (
+        "initial_top: expected bfloat16 or float32, got float16",
+        {
+            **dict.fromkeys(("x_r", "x_d"), of(2, 5, 4, 3, 8, dtype=torch.bfloat16)),
+            "initial_top": of(2, 5, 3, 8, dtype=torch.float16),
+        },
+    ),
+    # Of several mistakes the first in the order of the arguments is told; an empty grid does not hide one.
+    (f"x_d: expected {NODES}, got [1]", {"x_d": of(1, dtype=torch.int64), "t_rl": of(1), "initial_left": of(1)}),
+    ("t_ru: expected [B, X, Y, H] = [2, 5, 4, 3], got [1]", {"t_ru": of(1), "t_du": of(1), "initial_top": of(1)}),
+    (
+        "t_rl: expected [B, X, Y, H] = [2, 0, 4, 3], got [2, 5, 4, 3]",
+        {**dict.fromkeys(("x_r", "x_d"), of(2, 0, 4, 3, 8))},
+    ),
+]
 MISTAKES = [
     *RNN,
+    *(Mistake("grid_scan", text, change) for text, change in GRID),
     *(Mistake("linear_scan", text, change) for text, change in LINEAR),
     *(Mistake("softmax_scan", text, change) for text, change in SOFTMAX),
     *(Mistake("linear_scan", text, packed(edges), values) for text, edges, values in PACKED),
@@ -346,6 +404,8 @@ def under_reference(op: str, **inputs: Any) -> Any:
 
 
 def under_simulator(op: str, **inputs: Any) -> Any:
+    if op == "grid_scan":  # has no CUDA kernel; what stands before its Triton kernel needs no interpreter
+        return backends._served[op]["triton"](**inputs)
     with pytest.MonkeyPatch.context() as patch, seqops.backend("cuda"):
         patch.setenv("SEQOPS_SIMULATE", "1")
         return getattr(seqops, op)(**inputs)
@@ -396,6 +456,8 @@ def test_devices_must_agree(op: str) -> None:
                 public(op, **arguments(mistake, ours))
     if op in rnn.OPERATORS:
         change = {"lengths": of(2, device="meta")}
+    elif op not in scan.OPERATORS:
+        return
     else:
         change = (packed if op == "linear_scan" else packed_softmax)(of(2, device="meta"))
     mistake = Mistake(op, f"{[*change][-1]}: expected {first}'s device cpu, got meta", change)
@@ -434,6 +496,11 @@ def test_good_edges_of_scans_are_accepted() -> None:
 
 def of_backward(op: str) -> dict[str, Tensor | None]:
     """Good arguments of a scan's backward, B = 2, T = 5."""
+    if op == "grid_scan_backward":
+        x, t, border = torch.zeros(2, 5, 5, 3, 4), torch.zeros(2, 5, 5, 3), torch.zeros(2, 5, 3, 4)
+        gates = dict.fromkeys(("t_rl", "t_ru", "t_dl", "t_du"), t)
+        tensors = {"dr": x, "dd": x, **gates, "r": x, "d": x}
+        return tensors | {"initial_left": border, "initial_top": border}
     if op == "linear_scan_backward":
         x = torch.zeros(2, 5, 3)
         return {"dh": x, "dfinal_state": x[:, 0], "a": x, "h": x, "initial_state": x[:, 0]}
@@ -484,6 +551,27 @@ BACKWARD_MISTAKES = [
         "o: expected [B, T, H, D] = [2, 5, 3, 4], got [2, 5, 3, 1]",
     ),
     ("softmax_scan_backward", {"grad_o": torch.zeros(2, 5, 3, 4).long()}, "grad_o: expected float32, got int64"),
+    ("grid_scan_backward", {"dr": None, "dd": None}, "dr: expected a tensor where dd is None, got None"),
+    ("grid_scan_backward", {"dr": torch.zeros(2)}, "dr: expected 5 dimensions [B, X, Y, H, D], got shape [2]"),
+    (
+        "grid_scan_backward",
+        {"dr": None, "dd": torch.zeros(2).long()},
+        "dd: expected 5 dimensions [B, X, Y, H, D], got shape [2]",
+    ),
+    ("grid_scan_backward", {"dd": torch.zeros(2, 5, 5, 3, 4).double()}, "dd: expected float32, got float64"),
+    ("grid_scan_backward", {"t_du": torch.zeros(2)}, "t_du: expected [B, X, Y, H] = [2, 5, 5, 3], got [2]"),
+    ("grid_scan_backward", {"d": None}, "d: expected together with r, got None"),
+    ("grid_scan_backward", {"r": None}, "r: expected together with d, got None"),
+    (
+        "grid_scan_backward",
+        {"d": torch.zeros(2, 5, 5, 3, 1)},
+        "d: expected [B, X, Y, H, D] = [2, 5, 5, 3, 4], got [2, 5, 5, 3, 1]",
+    ),
+    (
+        "grid_scan_backward",
+        {"initial_top": torch.zeros(2, 3)},
+        "initial_top: expected [B, X, H, D] = [2, 5, 3, 4], got [2, 3]",
+    ),
     ("softmax_scan_backward", {"initial_out": None}, "initial_out: expected together with initial_lse, got None"),
 ]
 

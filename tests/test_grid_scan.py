@@ -419,7 +419,14 @@ def test_nan_stays_in_its_channel(flip_x: bool, flip_y: bool, place: str) -> Non
 # ---------------------------------------------------------------- determinism, threads, memory
 
 
-@pytest.mark.parametrize("case", params("small", where=lambda case: case.gaps or case.B * case.T * case.Y == 0))
+@pytest.mark.parametrize(
+    "case",
+    cases.common.parameters(
+        case.with_marks("small")
+        for case in cases.CASES["grid_scan"]
+        if "small" in case.marks and (case.gaps or case.B * case.T * case.Y == 0)
+    ),
+)
 def test_two_runs_are_bit_equal(case: Case) -> None:
     inputs = case.inputs()
     first = results(case, inputs)
@@ -519,8 +526,7 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 def test_memory_beyond_the_outputs(run_python: Callable[..., str]) -> None:
-    """Peak of the process, forwards and backwards, flipped or not: some rows of the grid, the gates' gradients, and rounding to huge
-    pages."""
+    """Peak of the process: some rows of the grid, the gates' gradients, and rounding to huge pages."""
     lines = run_python(PEAK).split("begin\n")[1].splitlines()
     assert len(lines) == 8
     for line in lines:

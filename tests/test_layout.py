@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "seqops"
-ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/reference.py"))
+ROOMS = sorted({path.parent.name for path in PACKAGE.glob("*/reference*.py")})
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
@@ -18,7 +18,11 @@ def allowed(file: str) -> set[str]:
     folder, _, name = file.rpartition("/")
     if folder in ROOMS:
         mine = f"seqops.{folder}"
-        return {
+        # A file that serves one operator carries its name: what `op.py` may import, `op_conv_ssm.py` may import.
+        kind, operator = name, next((op for op in operators() if name.endswith(f"_{op}.py")), None)
+        if operator is not None:
+            kind = name.replace(f"_{operator}.py", ".py")
+        packages = {
             "reference.py": {"torch"},
             "op.py": {"torch", "seqops.core", f"{mine}.cells"},
             "triton.py": {"torch", "seqops.core", "triton", f"{mine}.tiles"}
@@ -39,8 +43,14 @@ def allowed(file: str) -> set[str]:
             "cpu.py": {"torch", "seqops.core", "seqops._C", f"{mine}.tiles"},
             "tune.py": {"torch", "seqops.core", "seqops.tune.target", mine},
             "tiles.py": {"seqops.tune.csp", f"{mine}.cells"},
+            # How the kernels of several operators are tried.
+            "tune_examples.py": {"torch", "seqops.core", "seqops.tune.target"},
+            # What is made of torch's operators and ours, for several backends.
+            "composed.py": {"torch", "seqops.core"},
             "__init__.py": {"seqops.core", mine},
-        }[name]
+        }
+        own = set() if operator is None else {f"{mine}.{kind.removesuffix('.py')}"}
+        return packages[kind] | own | {f"{mine}.{each.stem}" for each in beside(file, kind)}
     if file == "core/launch.py":  # CuPy's bindings and torch's own file locks, when a kernel is first compiled
         return {"torch", "seqops.core", "cupy_backends", "cuda", "filelock"}
     if file == "core/choose.py":  # the tuner, when a kernel asks for its constants
@@ -57,6 +67,25 @@ def allowed(file: str) -> set[str]:
     if file == "__init__.py":
         return {"torch", "seqops"}
     return {"torch", "seqops", "click", "rich", "matplotlib"}
+
+
+def operators() -> list[str]:
+    """The names of the operators that files are called after."""
+    return sorted(name.rpartition(".")[2] for name in public_operators())
+
+
+def beside(file: str, kind: str) -> Iterator[Path]:
+    """Files of one operator in the same room that this one may import: those of a kind that it builds on."""
+    below = {
+        "__init__.py": (),
+        "op.py": ("composed",),
+        "cuda.py": ("composed", "cuda", "tiles"),
+        "triton.py": ("composed", "triton", "triton_kernels", "tiles"),
+        "tune.py": ("op", "reference", "tiles", "triton", "tune"),
+    }
+    room = (PACKAGE / file).parent
+    for prefix in below.get(kind, ()):
+        yield from (path for op in operators() for path in room.glob(f"{prefix}_{op}.py"))
 
 
 def public_operators() -> set[str]:

@@ -8,8 +8,7 @@
 // is on the other side: 0 * NaN is not formed.
 #include "grid_scan.h"
 
-#include <sched.h>
-
+#include "../common/team.h"
 #include "walk.h"
 
 namespace seqops::SEQOPS_ISA {
@@ -97,7 +96,7 @@ class Worker {
   void walk(int64_t b, int64_t first_head, int64_t last_head, int64_t strip, int64_t* progress) {
     const int64_t first = k_.Y * strip / k_.strips, last = k_.Y * (strip + 1) / k_.strips;
     for (int64_t i = 0; i < k_.X; ++i) {
-      if (strip > 0) wait(progress - 8, i + 1);
+      if (strip > 0) wait_until(progress - 8, i + 1);
       for (int64_t head = first_head; head < last_head; ++head) {
         const T* from = strip > 0  ? handed(b, strip - 1, i, head)
                         : BACKWARD ? nullptr
@@ -119,20 +118,6 @@ class Worker {
         if (to != nullptr) copy(to, up_ + head * k_.D);
       }
       if (strip + 1 < k_.strips) __atomic_store_n(progress, i + 1, __ATOMIC_RELEASE);
-    }
-  }
-
-  static void wait(const int64_t* progress, int64_t rows) {
-    for (int polls = 0; __atomic_load_n(progress, __ATOMIC_ACQUIRE) < rows; ++polls) {
-      if (polls < 2000) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#elif defined(__aarch64__)
-        asm volatile("yield");
-#endif
-      } else {
-        sched_yield();  // more threads than cores: let the one we wait for run
-      }
     }
   }
 

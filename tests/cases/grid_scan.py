@@ -18,6 +18,7 @@ OPERATORS = ("grid_scan",)
 GATE_NAMES = ("t_rl", "t_ru", "t_dl", "t_du")
 # The pairs of storage and gate that kernels see; the host widens gates of other dtypes.
 NATIVE = [*((dtype, dtype) for dtype in REAL), *((dtype, torch.float32) for dtype in HALF)]
+TINY = ("small", "sanitize", "tiny")
 PAIRS = [(x, gate) for x in REAL for gate in GATES[x] if not gate.is_complex]
 
 
@@ -149,14 +150,16 @@ def table(op: str) -> list[Case]:
     cases = [
         # For the interpreter and the sanitizers. Rows and columns, the sizes around a strip of rows, flips.
         *(
-            make(B=2, T=X, Y=Y, H=1, D=D).with_marks("small", "sanitize", *(["tiny"] if X * Y < 70 else []))
+            make(B=1, T=X, Y=Y, H=1, D=D).with_marks("small", "sanitize", *(["tiny"] if X * Y < 60 else []))
             for X, Y, D in ((1, 1, 1), (1, 9, 3), (9, 1, 3), (3, 4, 17), (4, 3, 16), (5, 5, 33), (8, 8, 5), (14, 14, 8))
         ),
         *(
-            make(B=2, T=5, Y=3, flip_x=x, flip_y=y, gaps=True, without=without).with_marks("small", "sanitize", "tiny")
+            make(T=5, Y=3, flip_x=x, flip_y=y, gaps=True, without=without, B=1, H=1).with_marks(
+                "small", "sanitize", "tiny"
+            )
             for x, y, without in ((True, False, ()), (False, True, ("t_dl",)), (True, True, ("t_ru", "t_dl")))
         ),
-        make(B=1, T=6, Y=5, H=3, D=70, reverse=True).with_marks("small", "tiny"),
+        make(B=1, T=6, Y=5, H=1, D=70, reverse=True).with_marks("small", "tiny"),
         # Every pair of dtypes that a kernel sees. The interpreter truncates where bfloat16 is stored, GPUs round.
         *(
             make(B=2, T=7, Y=6, H=2, D=19, dtype=dtype, gate_dtype=gate, reverse=True, gaps=True).with_marks(
@@ -165,14 +168,14 @@ def table(op: str) -> list[Case]:
             for dtype, gate in NATIVE
         ),
         *(
-            make(B=1, T=3, Y=4, dtype=dtype, gate_dtype=gate, states="storage").with_marks(
+            make(B=1, T=3, Y=4, H=1, dtype=dtype, gate_dtype=gate, states="storage").with_marks(
                 "small", *(["tiny"] if torch.bfloat16 not in (dtype, gate) else [])
             )
             for dtype, gate in NATIVE
         ),
         # Nothing to do, in the batch, and along either side.
         *(
-            make(B=B, T=X, Y=Y, states=states, reverse=reverse).with_marks("small", "sanitize", "tiny")
+            make(B=B, T=X, Y=Y, states=states, reverse=reverse).with_marks(*TINY)
             for (B, X, Y), states, reverse in (
                 ((0, 5, 4), "state", True),
                 ((3, 0, 4), "state", False),
@@ -181,7 +184,8 @@ def table(op: str) -> list[Case]:
             )
         ),
         # Layouts.
-        *(make(B=2, T=4, Y=3, layout=name).with_marks("small", "sanitize", "tiny") for name in LAYOUTS[1:]),
+        *(make(B=2, T=4, Y=3, layout=name).with_marks("small", "sanitize") for name in LAYOUTS[1:]),
+        *(make(B=1, T=2, Y=3, D=3, layout=name).with_marks("small", "tiny") for name in LAYOUTS[2:]),
         # Long, wide and large.
         *(make(B=1, T=X, Y=Y, H=1, D=7) for X, Y in ((1, 300), (300, 1))),
         make(B=2, T=6, Y=5, H=1, D=512),
