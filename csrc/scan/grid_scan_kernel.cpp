@@ -34,11 +34,26 @@ SEQOPS_INLINE float scalar(const float16* p) {
   return widen(float16{}, halves)[0];
 }
 
-template <class E>
-SEQOPS_INLINE E* at(const Nodes& nodes, int64_t b, int64_t i, int64_t j, int64_t head) {
-  E* data = static_cast<E*>(nodes.data);
-  return data == nullptr ? nullptr : data + (b * nodes.b + i * nodes.x + j * nodes.y + head * nodes.h);
+SEQOPS_INLINE void write(float* p, float value) { *p = value; }
+SEQOPS_INLINE void write(double* p, double value) { *p = value; }
+template <class S>
+SEQOPS_INLINE void write(S* p, float value) {
+  p->bits = narrow(S{}, Vector<float>{} + value)[0];
 }
+
+// One row of nodes.
+template <class E>
+struct Line {
+  E* data = nullptr;
+  int64_t y = 0, h = 0;
+
+  Line() = default;
+  Line(const Nodes& nodes, int64_t b, int64_t i) : y(nodes.y), h(nodes.h) {
+    if (nodes.data != nullptr) data = static_cast<E*>(nodes.data) + (b * nodes.b + i * nodes.x);
+  }
+  SEQOPS_INLINE E* at(int64_t j, int64_t head) const { return data + (j * y + head * h); }
+  SEQOPS_INLINE explicit operator bool() const { return data != nullptr; }
+};
 
 template <class T>
 struct Sums {
@@ -96,28 +111,40 @@ class Worker {
   void walk(int64_t b, int64_t first_head, int64_t last_head, int64_t strip, int64_t* progress) {
     const int64_t first = k_.Y * strip / k_.strips, last = k_.Y * (strip + 1) / k_.strips;
     for (int64_t i = 0; i < k_.X; ++i) {
+      enter_row(b, i);
       if (strip > 0) wait_until(progress - 8, i + 1);
       for (int64_t head = first_head; head < last_head; ++head) {
-        const T* from = strip > 0  ? handed(b, strip - 1, i, head)
-                        : BACKWARD ? nullptr
-                                   : at<const T>(k_.top, b, i, 0, head);
+        const T* from = strip > 0 ? handed(b, strip - 1, i, head) : BACKWARD ? nullptr : top_.at(0, head);
         copy(up_ + head * k_.D, from);
       }
       for (int64_t j = first; j < last; ++j) {
         for (int64_t head = first_head; head < last_head; ++head) {
-          const Gates gates = gates_of(b, i, j, head);
+          const Gates gates = gates_of(j, head);
           if (gates.cut) {
-            node<true>(gates, b, i, j, head);
+            node<true>(gates, i, j, head);
           } else {
-            node<false>(gates, b, i, j, head);
+            node<false>(gates, i, j, head);
           }
         }
       }
       for (int64_t head = first_head; head < last_head; ++head) {
-        T* to = strip + 1 < k_.strips ? handed(b, strip, i, head) : BACKWARD ? at<T>(k_.end, b, i, 0, head) : nullptr;
+        T* to = strip + 1 < k_.strips ? handed(b, strip, i, head) : BACKWARD ? end_.at(0, head) : nullptr;
         if (to != nullptr) copy(to, up_ + head * k_.D);
       }
       if (strip + 1 < k_.strips) __atomic_store_n(progress, i + 1, __ATOMIC_RELEASE);
+    }
+  }
+
+  void enter_row(int64_t b, int64_t i) {
+    rl_ = {k_.t_rl, b, i}, ru_ = {k_.t_ru, b, i}, dl_ = {k_.t_dl, b, i}, du_ = {k_.t_du, b, i};
+    in_r_ = {k_.in_r, b, i}, in_d_ = {k_.in_d, b, i};
+    out_r_ = {k_.out_r, b, i}, out_d_ = {k_.out_d, b, i};
+    left_ = {k_.left, b, 0}, top_ = {k_.top, b, i}, carry_ = {k_.carry, b, 0}, end_ = {k_.end, b, i};
+    if constexpr (BACKWARD) {
+      r_ = {k_.r, b, i + 1}, d_ = {k_.d, b, i};
+      drl_ = {k_.dt_rl, b, i}, dru_ = {k_.dt_ru, b, i}, ddl_ = {k_.dt_dl, b, i}, ddu_ = {k_.dt_du, b, i};
+    } else if (WIDE) {
+      before_ = {k_.out_r, b, i - 1};
     }
   }
 
@@ -129,25 +156,24 @@ class Worker {
     for (int64_t c = 0; c < k_.D; ++c) to[c] = from == nullptr ? 0 : from[c];
   }
 
-  Gates gates_of(int64_t b, int64_t i, int64_t j, int64_t head) const {
-    const auto value = [&](const Nodes& gate) -> T {
-      const G* p = at<const G>(gate, b, i, j, head);
-      return p == nullptr ? 0 : static_cast<T>(scalar(p));
+  SEQOPS_INLINE Gates gates_of(int64_t j, int64_t head) const {
+    const auto value = [&](const Line<const G>& gate) __attribute__((always_inline)) -> T {
+      return gate ? static_cast<T>(scalar(gate.at(j, head))) : 0;
     };
-    const Gates g = {value(k_.t_rl), value(k_.t_ru), value(k_.t_dl), value(k_.t_du), false};
+    const Gates g = {value(rl_), value(ru_), value(dl_), value(du_), false};
     return {g.rl, g.ru, g.dl, g.du, g.rl == 0 || g.ru == 0 || g.dl == 0 || g.du == 0};
   }
 
   template <bool CUT>
-  void node(const Gates& gates, int64_t b, int64_t i, int64_t j, int64_t head) {
+  void node(const Gates& gates, int64_t i, int64_t j, int64_t head) {
     if constexpr (BACKWARD) {
       if (wants_gates_) {
-        node_backward<CUT, true>(gates, b, i, j, head);
+        node_backward<CUT, true>(gates, i, j, head);
       } else {
-        node_backward<CUT, false>(gates, b, i, j, head);
+        node_backward<CUT, false>(gates, i, j, head);
       }
     } else {
-      node_forward<CUT>(gates, b, i, j, head);
+      node_forward<CUT>(gates, i, j, head);
     }
   }
 
@@ -167,13 +193,13 @@ class Worker {
   };
 
   template <bool CUT>
-  void node_forward(const Gates& gates, int64_t b, int64_t i, int64_t j, int64_t head) {
-    const S *x_r = at<const S>(k_.in_r, b, i, j, head), *x_d = at<const S>(k_.in_d, b, i, j, head);
-    S *r = at<S>(k_.out_r, b, i, j, head), *d = at<S>(k_.out_d, b, i, j, head);
-    T *up = up_ + head * k_.D, *carry = WIDE ? nullptr : at<T>(k_.carry, b, 0, j, head);
+  void node_forward(const Gates& gates, int64_t i, int64_t j, int64_t head) {
+    const S *x_r = in_r_.at(j, head), *x_d = in_d_.at(j, head);
+    S *r = out_r_.at(j, head), *d = out_d_.at(j, head);
+    T *up = up_ + head * k_.D, *carry = carry_.at(j, head);
     const T* left = carry;
-    if constexpr (WIDE) left = at<const T>(k_.out_r, b, i - 1, j, head);
-    if (i == 0) left = at<const T>(k_.left, b, 0, j, head);
+    if constexpr (WIDE) left = before_.at(j, head);
+    if (i == 0) left = left_.at(j, head);
     const Gate<CUT> rl(gates.rl), ru(gates.ru), dl(gates.dl), du(gates.du);
     const auto vector = [&](int64_t c, int64_t n) __attribute__((always_inline)) {
       const V l = load(left + c, n), u = load(up + c, n);
@@ -190,15 +216,14 @@ class Worker {
   }
 
   template <bool CUT, bool GATES>
-  void node_backward(const Gates& gates, int64_t b, int64_t i, int64_t j, int64_t head) {
-    const S *dr = at<const S>(k_.in_r, b, i, j, head), *dd = at<const S>(k_.in_d, b, i, j, head);
-    S *dx_r = at<S>(k_.out_r, b, i, j, head), *dx_d = at<S>(k_.out_d, b, i, j, head);
-    T *next_up = up_ + head * k_.D, *next_left = at<T>(k_.carry, b, 0, j, head);
+  void node_backward(const Gates& gates, int64_t i, int64_t j, int64_t head) {
+    const S *dr = in_r_ ? in_r_.at(j, head) : nullptr, *dd = in_d_ ? in_d_.at(j, head) : nullptr;
+    S *dx_r = out_r_.at(j, head), *dx_d = out_d_.at(j, head);
+    T *next_up = up_ + head * k_.D, *next_left = carry_.at(j, head);
     // l and u of this node: of the nodes that the walk comes to next, or the initial states, which are in T.
-    const S* left = at<const S>(k_.r, b, i + 1, j, head);
-    const S* up = at<const S>(k_.d, b, i, j + 1, head);
-    const T* initial_left = i + 1 == k_.X ? at<const T>(k_.left, b, 0, j, head) : nullptr;
-    const T* initial_up = j + 1 == k_.Y ? at<const T>(k_.top, b, i, 0, head) : nullptr;
+    const S *left = r_.at(j, head), *up = d_.at(j + 1, head);
+    const T* initial_left = i + 1 == k_.X ? left_.at(j, head) : nullptr;
+    const T* initial_up = j + 1 == k_.Y ? top_.at(0, head) : nullptr;
     const Gate<CUT> rl(gates.rl), ru(gates.ru), dl(gates.dl), du(gates.du);
     V sum_rl = {}, sum_ru = {}, sum_dl = {}, sum_du = {};
     const auto vector = [&](int64_t c, int64_t n) __attribute__((always_inline)) {
@@ -222,20 +247,23 @@ class Worker {
     if (c < k_.D) vector(c, k_.D - c);
     if constexpr (GATES) {
       const Sums<T> sums = lane_sums_of<T>(sum_rl, sum_ru, sum_dl, sum_du);
-      write(k_.dt_rl, b, i, j, head, sums.rl);
-      write(k_.dt_ru, b, i, j, head, sums.ru);
-      write(k_.dt_dl, b, i, j, head, sums.dl);
-      write(k_.dt_du, b, i, j, head, sums.du);
+      if (drl_) write(drl_.at(j, head), static_cast<Compute<G>>(sums.rl));
+      if (dru_) write(dru_.at(j, head), static_cast<Compute<G>>(sums.ru));
+      if (ddl_) write(ddl_.at(j, head), static_cast<Compute<G>>(sums.dl));
+      if (ddu_) write(ddu_.at(j, head), static_cast<Compute<G>>(sums.du));
     }
-  }
-
-  static SEQOPS_INLINE void write(const Nodes& gradient, int64_t b, int64_t i, int64_t j, int64_t head, T value) {
-    if (G* p = at<G>(gradient, b, i, j, head)) store<G>(p, Vector<Compute<G>>{} + static_cast<Compute<G>>(value), 1);
   }
 
   const GridScan& k_;
   T* up_;  // [H, D]: of the node before in this row
   const bool wants_gates_;
+  // The row that the walk is in.
+  Line<const G> rl_, ru_, dl_, du_;
+  Line<const S> in_r_, in_d_, r_, d_;
+  Line<S> out_r_, out_d_;
+  Line<const T> left_, top_, before_;
+  Line<T> carry_, end_;
+  Line<G> drl_, dru_, ddl_, ddu_;
 };
 
 template <class S, class G, bool BACKWARD>

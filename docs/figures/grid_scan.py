@@ -44,18 +44,18 @@ def draw(axes: Axes, values: Tensor, head: str, gates: str) -> AxesImage:
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_color(LINE)
-    axes.annotate("x", (0.98, 1.0), (0.9, 1.02), xycoords="axes fraction", color=TEXT, fontsize=8)
-    axes.annotate("y", (0, 0), (-0.05, 0.02), xycoords="axes fraction", color=TEXT, fontsize=8)
+    axes.text(1.0, 1.02, "x", color=TEXT, fontsize=8, ha="right", va="bottom", transform=axes.transAxes)
+    axes.text(-0.03, 0.0, "y", color=TEXT, fontsize=8, ha="right", va="bottom", transform=axes.transAxes)
     return image
 
 
 def main() -> None:
     plt.rcParams.update({"svg.hashsalt": "seqops", "svg.fonttype": "path", "font.size": 10})
     figure, axes = plt.subplots(1, 4, figsize=(11.5, 3.3))
-    draw(axes[0], response(0.5, 0.5, 0.5, 0.5), "P-mode, both ways alike", "all gates 0.5")
-    draw(axes[1], response(0.8, 0.8, 0.2, 0.2), "P-mode, to the right", "t_rl = t_ru = 0.8,  t_dl = t_du = 0.2")
-    draw(axes[2], response(0.85, None, 0.85, 0.85), "D-mode", "t_ru None, the others 0.85")
-    image = draw(axes[3], response(0.85, None, 0.85, 0.85, flip=True), "D-mode, flipped", "flip_x, flip_y")
+    draw(axes[0], response(0.5, 0.5, 0.5, 0.5), "P-mode, evenly", "all gates\n0.5")
+    draw(axes[1], response(0.8, 0.8, 0.2, 0.2), "P-mode, along x", "t_rl = t_ru = 0.8\nt_dl = t_du = 0.2")
+    draw(axes[2], response(0.85, None, 0.85, 0.85), "D-mode", "t_ru None\nthe others 0.85")
+    image = draw(axes[3], response(0.85, None, 0.85, 0.85, flip=True), "D-mode, flipped", "flip_x\nflip_y")
     bar = figure.colorbar(image, ax=axes, shrink=0.78, pad=0.015)
     bar.ax.tick_params(colors=TEXT)
     bar.outline.set_edgecolor(LINE)
