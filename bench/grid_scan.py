@@ -194,12 +194,17 @@ def make_case(
     )
 
 
+# As for the other scans. Where tensors fit into the last cache, what moves the same bytes stays in a smaller one.
+NEAR_MEMORY = {(SAME_BYTES, FORWARD): 0.8, (SAME_BYTES, BACKWARD): 0.8, (SAME_BYTES, TRAINING): 1 / 1.3}
+
 CPU_CASES = [
     make_case(Shape(8, 14, 14, 6, 32)),
     make_case(Shape(8, 14, 14, 6, 32, torch.bfloat16)),
     make_case(Shape(8, 14, 14, 6, 32, directional=True)),
     make_case(Shape(1, 64, 64, 4, 64), "one picture", check_steps=16),
     make_case(Shape(2, 64, 64, 1, 16), "few channels", check_steps=16),
+    # Larger than caches. A loop over its nodes would take a second a call.
+    make_case(Shape(4, 64, 64, 8, 64), "in memory", peers=(DIAGONALS,), goals=NEAR_MEMORY, check_steps=16),
 ]
 
 # Goals are for the loop, of which a GPU runs as many kernels as the grid has nodes.
