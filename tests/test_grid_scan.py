@@ -571,7 +571,7 @@ def test_rung(rung: str, run_python: Callable[..., str]) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_every_launch_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the launchers ask for is what `configurations()` names, and tests compile: constants and types of pointers."""
+    """What the launchers ask for is what `configurations()` names and tests compile: constants, types of pointers."""
     grid = importlib.import_module("seqops.scan.triton_grid_scan")
 
     def identity(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> tuple[Any, ...]:
