@@ -14,7 +14,11 @@ from .tiles import TRITON_SIZES, overlapping
 ROWS, WIDTHS = (1, 2, 4, 8, 32), (8, 32, 64)
 ELEMENTS = 64  # of a block, for each warp: with twice as many, what is read ahead takes more than 255 registers
 SHAPES = tuple((rows, width) for rows in ROWS for width in WIDTHS if rows * width in (ELEMENTS, 4 * ELEMENTS))
-DEPTH = 4  # steps that a lane reads ahead
+
+
+def depth(dtype: str) -> int:
+    """Steps that a lane reads ahead: of doubles fewer, which take twice the registers."""
+    return 2 if dtype == "float64" else 4
 
 
 def warps(rows: int, width: int) -> int:
@@ -37,7 +41,7 @@ def problem_in_triton(device: Any, key: Any) -> csp.Problem:
     waves = csp.ceildiv(programs * rows * width, resident * ELEMENTS)
     steps = strips * (Y + rows - 1)
     # Where a strip has several rows, its lanes hand on through shared memory or shuffles.
-    step_us = 2 * device.memory_latency_us / DEPTH + csp.where(
+    step_us = 2 * device.memory_latency_us / depth(key.dtype) + csp.where(
         rows == 1, 0, device.sync_cycles * 1e-3 / device.clock_ghz
     )
     nodes = heads * X * Y

@@ -38,6 +38,10 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def depth_of(dtype: torch.dtype) -> int:
+    return tiles.depth(str(dtype).removeprefix("torch."))
+
+
 @lru_cache(maxsize=4096)
 def key_of(walk: str, dtype: torch.dtype, heads: int, X: int, Y: int, D: int) -> choose.Key:
     """All sizes are rounded up to a power of two, so that few choices exist. heads: of all batch rows."""
@@ -106,7 +110,7 @@ def common_arguments(
     sizes = dict(zip("XYHD", x.shape[1:], strict=True))
     flags = {"flip_x": int(flip_x), "flip_y": int(flip_y), "ru_rows": rows(x, ru), "dl_rows": rows(x, dl)}
     strides = {f"stride_{name}_{letter}": t.stride(i) for name, t in (("x", x), ("t", rl)) for i, letter in LETTERS}
-    return {**named, **sizes, **flags, **strides, "DEPTH": tiles.DEPTH, **shape}
+    return {**named, **sizes, **flags, **strides, "DEPTH": depth_of(x.dtype), **shape}
 
 
 LETTERS = tuple(enumerate("bxyh"))
@@ -233,7 +237,7 @@ def configurations() -> Iterator[dict[str, Any]]:
     """As in triton.py: kernel, types of its run-time arguments, constants, options."""
     for (x, gate), (rows, width) in itertools.product(PAIRS, tiles.SHAPES):
         state, shape = state_dtype(x), {"BX": rows, "BD": width}
-        constants = {"DEPTH": tiles.DEPTH, **shape}
+        constants = {"DEPTH": depth_of(x), **shape}
         read = {"p_rl": gate, "p_ru": gate, "p_dl": gate, "p_du": gate}
         forward = {"p_x_r": x, "p_x_d": x, "p_r": x, "p_d": x, **read}
         yield configuration(kernels.grid_scan_forward, constants, state, forward, options(shape, x))
