@@ -1,4 +1,4 @@
-"""Cases of the scans: linear_scan and softmax_scan, on the CPU and on a GPU.
+"""Cases of the scans: linear_scan and softmax_scan, on the CPU and on a GPU; grid_scan's are in grid_scan.py.
 
 Letters: B batch, T time, C channels, H heads, D values of a head.
 
@@ -22,6 +22,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from bench import grid_scan
 from bench.harness import BACKWARD, FORWARD, INFERENCE, OURS, REFERENCE, TRAINING, Case, Contender
 
 SAME_BYTES = "same bytes"
@@ -350,4 +351,4 @@ GPU_CASES = [
     ),
 ]
 
-CASES = [*CPU_CASES, *GPU_CASES]
+CASES = [*CPU_CASES, *GPU_CASES, *grid_scan.CASES]

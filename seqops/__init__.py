@@ -14,7 +14,7 @@ from . import _C, nn  # noqa: F401  _C registers torch.ops.seqops
 from .conv import causal_conv1d, fft_conv
 from .core.backend import backend, read_environment
 from .rnn import elman, gru, lstm, slstm
-from .scan import linear_scan, softmax_scan
+from .scan import grid_scan, linear_scan, softmax_scan
 from .ssm import cauchy_kernel, conv_ssm, ssm_kernel
 
 read_environment()
@@ -27,6 +27,7 @@ __all__ = [
     "conv_ssm",
     "elman",
     "fft_conv",
+    "grid_scan",
     "gru",
     "linear_scan",
     "lstm",

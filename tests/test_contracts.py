@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case, as_tuple, causal_conv1d, conv_ssm, example, fft_conv, params, rnn, scan, ssm_kernel
+from cases import Case, as_tuple, causal_conv1d, conv_ssm, example, fft_conv, grid_scan, params, rnn, scan, ssm_kernel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,6 +56,7 @@ VARIANTS = with_options(
     *every(ssm_kernel.OPERATORS, {"T": 6}),
     *every(fft_conv.OPERATORS, {}, {"N": 2}, {"T": 34, "D": 2, "L": 40}),
     *every(causal_conv1d.OPERATORS, {}, {"dilation": 4}, {"silu": False, **PACKED}),
+    *every(("grid_scan",), {"Y": 2, "H": 1}),
 )
 
 
@@ -90,6 +91,9 @@ def checked_cases() -> list[Any]:
         native = case.T == 9 and case.states == "storage"
         return native or case.B * case.T == 0 or (case.T == 20 and case.packed) or (case.T == 5 and len(case.gate) == 1)
 
+    def of_grid(case: grid_scan.Case) -> bool:
+        return (case.states == "storage" and case.gate_dtype == torch.float32) or case.T == 0 or len(case.without) == 2
+
     return [
         *params("small", where=lambda case: case.lengths and case.B * case.T != 0, operators=rnn.OPERATORS),
         *params("small", where=lambda case: case.B * case.T == 0 < case.B + case.T, operators=rnn.OPERATORS),
@@ -99,6 +103,7 @@ def checked_cases() -> list[Any]:
         *params("small", where=lambda case: case.layout == "contiguous", operators=ssm_kernel.OPERATORS),
         *params("tiny", where=lambda case: case.B > 0, operators=fft_conv.OPERATORS),
         *params("tiny", where=lambda case: case.layout == "contiguous", operators=causal_conv1d.OPERATORS),
+        *params("small", where=of_grid, operators=grid_scan.OPERATORS),
     ]
 
 
@@ -142,7 +147,10 @@ def test_schema_is_the_public_signature(op: str) -> None:
 # ---------------------------------------------------------------- autograd
 
 # Where an example has many numbers: finite differences take two calls for each.
-FEWER = {"conv_ssm": {"B": 2, "T": 3, "picture": (2, 2), "U": 2, "P": 2, "kernels": ((2, 3), (1, 2), (1, 1))}}
+FEWER = {
+    "conv_ssm": {"B": 2, "T": 3, "picture": (2, 2), "U": 2, "P": 2, "kernels": ((2, 3), (1, 2), (1, 1))},
+    "grid_scan": {"B": 1, "T": 2, "Y": 2, "H": 1, "D": 2},
+}
 
 
 def gradient_case(op: str, **options: Any) -> tuple[Case, dict[str, Any], dict[str, Tensor], Callable[..., Any]]:
@@ -217,6 +225,14 @@ def test_forward_mode_is_refused(op: str) -> None:
 # ---------------------------------------------------------------- torch.func
 
 
+def by_position(op: str, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The function, to which tensors that have a name alone are given after the others, in the order of the schema."""
+    arguments = getattr(torch.ops.seqops, op).default._schema.arguments
+    named = [argument.name for argument in arguments if argument.kwarg_only]
+    first = len(arguments) - len(named)
+    return lambda *values, **options: function(*values[:first], **dict(zip(named, values[first:])), **options)  # noqa: B905
+
+
 def loss_of(function: Callable[..., tuple[Tensor, ...]], options: dict[str, Any]) -> Callable[..., Tensor]:
     """A scalar of every output, of the positional tensors."""
 
@@ -287,8 +303,8 @@ def test_function_transforms(op: str, options: dict[str, Any], transform: str) -
     tensors, rest = drawn(op, **options)
     # Three different copies to map over.
     values = tuple(torch.stack([v, v.flip(0) * 0.7, v + 0.1]) for v in tensors)
-    got = TRANSFORMS[transform](loss_of(getattr(seqops, op), rest), values)
-    expected = TRANSFORMS[transform](loss_of(example(op).reference, rest), values)
+    got = TRANSFORMS[transform](loss_of(by_position(op, getattr(seqops, op)), rest), values)
+    expected = TRANSFORMS[transform](loss_of(by_position(op, example(op).reference), rest), values)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -313,7 +329,8 @@ def test_transform_inside_ordinary_autograd(op: str) -> None:
         value = torch.func.grad_and_value(loss_of(function, rest))(values[0].detach(), *values[1:])[1]
         return torch.autograd.grad(value, values[1])[0]
 
-    torch.testing.assert_close(outer(getattr(seqops, op)), outer(example(op).reference), rtol=1e-10, atol=1e-12)
+    got, expected = (outer(by_position(op, f)) for f in (getattr(seqops, op), example(op).reference))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
 # ---------------------------------------------------------------- compile, export
@@ -333,9 +350,10 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
     Torch itself treats sizes of 0 and 1 apart, and the gradient of r has one of T - 1.
     """
     options = reversed_if_possible(op) | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
+    call = as_tuple(by_position(op, getattr(torch.ops.seqops, op)))
 
     def step(*values: Tensor, **sizes: int) -> tuple[Tensor, ...]:
-        outputs = as_tuple(getattr(torch.ops.seqops, op))(*values, **options, **sizes)
+        outputs = call(*values, **options, **sizes)
         return tuple(output * 2 for output in outputs)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -382,7 +400,7 @@ def test_compile_the_public_function(op: str, options: dict[str, Any], fresh_com
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("op", ["lstm", *scan.OPERATORS, *causal_conv1d.OPERATORS])
+@pytest.mark.parametrize("op", ["lstm", *scan.OPERATORS, *causal_conv1d.OPERATORS, *grid_scan.OPERATORS])
 def test_compile_of_transforms(op: str, fresh_compiler: None) -> None:
     values, _ = drawn(op)
     mapped = tuple(torch.stack([v, v * 0.7]) for v in values)
@@ -390,7 +408,7 @@ def test_compile_of_transforms(op: str, fresh_compiler: None) -> None:
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, backend="aot_eager")
 
-    ours, theirs = loss_of(getattr(seqops, op), {}), loss_of(example(op).reference, {})
+    ours, theirs = (loss_of(by_position(op, f), {}) for f in (getattr(seqops, op), example(op).reference))
     torch.testing.assert_close(compiled(torch.func.grad(ours))(*values), torch.func.grad(theirs)(*values))
     got = compiled(torch.vmap(torch.func.grad(ours)))(*mapped)
     torch.testing.assert_close(got, torch.vmap(torch.func.grad(theirs))(*mapped))
@@ -421,12 +439,13 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
     recurrent = op in rnn.OPERATORS
     options = {"lengths": True, "states": False} if recurrent else {}
     last = ("lengths",) if recurrent else ()
+    call = as_tuple(by_position(op, getattr(torch.ops.seqops, op)))
 
     class Module(torch.nn.Module):
         def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
             named = dict(zip(reversed(last), reversed(values), strict=False))
             named |= reversed_if_possible(op) | ({"length": 11} if op == "ssm_kernel" else {})
-            return as_tuple(getattr(torch.ops.seqops, op))(*values[: len(values) - len(last)], **named)
+            return call(*values[: len(values) - len(last)], **named)
 
     def arguments(B: int, T: int) -> tuple[Tensor, ...]:
         inputs = example(op, B=B, T=T, **options).inputs()
@@ -442,6 +461,7 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
         "ssm_kernel": (row, row),
         "cauchy_kernel": (row, {0: time}, row),
         "fft_conv": (sequence, None, None),
+        "grid_scan": (sequence,) * 6 + (row, sequence),
     }.get(op, (sequence, None, None, row))
     exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=(dynamic,))
     assert [str(n.target) for n in exported.graph.nodes if "seqops" in str(n.target)] == [f"seqops.{op}.default"]
@@ -474,7 +494,7 @@ def test_autocast_of_products(op: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize("op", [*scan.OPERATORS, *conv_ssm.OPERATORS, *causal_conv1d.OPERATORS])
+@pytest.mark.parametrize("op", [*scan.OPERATORS, *conv_ssm.OPERATORS, *causal_conv1d.OPERATORS, *grid_scan.OPERATORS])
 def test_autocast_casts_no_scan(op: str, dtype: torch.dtype) -> None:
     if op != "linear_scan" and dtype.is_complex:
         dtype = torch.float16
@@ -647,7 +667,8 @@ def test_forced_backend_that_cannot_serve_says_why(
     assert text.startswith(f"seqops::{op}: backend '{name}' cannot serve this call: {reason}; backends that exist: ref")
     variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
     exist = [each for each in ("triton", "cuda") if (op, op, each) in backends.kernels()]
-    assert variable in reason and text.endswith(f"backends that exist: reference, cpu, {', '.join(exist)}")
+    assert (variable if name in exist else f"no {name} kernel in this release") in reason
+    assert text.endswith(f"backends that exist: reference, cpu, {', '.join(exist)}")
 
 
 def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
@@ -743,6 +764,9 @@ def test_backward_keeps_the_forced_backend(op: str, monkeypatch: pytest.MonkeyPa
     name = next(name for _, public, name in backends.kernels() if op == public)
     variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
     monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("SEQOPS_SIMULATE", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    name = "cuda" if "cuda" in backends._served[op] else "triton"
     calls = counted(monkeypatch, name, native)
     case = example(op)
     inputs = case.inputs()

@@ -58,6 +58,10 @@ GOOD = {
     },
     "fft_conv": {"u": of(2, 5, 8), "k": of(8, 3)},
     "causal_conv1d": {"x": of(2, 5, 8), "weight": of(8, 3)},
+    "grid_scan": {
+        **dict.fromkeys(("x_r", "x_d"), of(2, 5, 4, 3, 8)),
+        **dict.fromkeys(("t_rl", "t_ru", "t_dl", "t_du"), of(2, 5, 4, 3)),
+    },
 }
 # What else may be given, with its shape.
 OTHERS = {
@@ -69,6 +73,7 @@ OTHERS = {
     "cauchy_kernel": {},
     "fft_conv": {"skip": (8,)},
     "causal_conv1d": {"bias": (8,), "initial_state": (2, 2, 8)},
+    "grid_scan": {"initial_left": (2, 4, 3, 8), "initial_top": (2, 5, 3, 8)},
 }
 HALF = {"wx": of(2, 5, 4, 1, 8, dtype=torch.bfloat16), "r": of(4, 1, 8, 8, dtype=torch.bfloat16)}
 
@@ -420,6 +425,57 @@ CAUSAL_CONV1D = [
     ),
     ("x: expected batch 1 with cu_seqlens, got shape [2, 5, 8]", {"cu_seqlens": integers(0, 5)}),
 ]
+NODES, OF_GATES = "[B, X, Y, H, D] = [2, 5, 4, 3, 8]", "[B, X, Y, H] = [2, 5, 4, 3]"
+GRID = [
+    ("x_r: expected 5 dimensions [B, X, Y, H, D], got shape [2, 5, 4, 8]", {"x_r": of(2, 5, 4, 8)}),
+    ("x_r: expected 5 dimensions [B, X, Y, H, D], got shape []", {"x_r": of()}),
+    ("x_r: expected at least 1 head and 1 channel, got shape [2, 5, 4, 0, 8]", {"x_r": of(2, 5, 4, 0, 8)}),
+    ("x_r: expected at least 1 head and 1 channel, got shape [2, 5, 4, 3, 0]", {"x_r": of(2, 5, 4, 3, 0)}),
+    *(
+        (f"x_r: expected float32, float64, bfloat16 or float16, got {name}", {"x_r": of(2, 5, 4, 3, 8, dtype=dtype)})
+        for name, dtype in (("int64", torch.int64), ("complex64", torch.complex64))
+    ),
+    (f"x_d: expected {NODES}, got [2, 5, 4, 3, 7]", {"x_d": of(2, 5, 4, 3, 7)}),
+    (f"x_d: expected {NODES}, got [2, 5, 4, 3]", {"x_d": of(2, 5, 4, 3)}),
+    ("x_d: expected float32, got bfloat16", {"x_d": of(2, 5, 4, 3, 8, dtype=torch.bfloat16)}),
+    *(
+        (f"{name}: expected {OF_GATES}, got {[*shape]}", {name: of(*shape)})
+        for name in ("t_rl", "t_ru", "t_dl", "t_du")
+        for shape in ((2, 5, 4), (2, 4, 5, 3), (2, 5, 4, 3, 1))
+    ),
+    *(
+        (f"{name}: expected {HALF_GATES}, got {got}", {name: of(2, 5, 4, 3, dtype=dtype)})
+        for name in ("t_rl", "t_ru", "t_dl", "t_du")
+        for got, dtype in (("float64", torch.float64), ("int32", torch.int32))
+    ),
+    (
+        "t_dl: expected bfloat16, float16, float32 or float64, got complex64",
+        {
+            **dict.fromkeys(("x_r", "x_d"), of(2, 5, 4, 3, 8, dtype=torch.float64)),
+            "t_dl": of(2, 5, 4, 3, dtype=torch.complex64),
+        },
+    ),
+    (
+        "initial_left: expected [B, Y, H, D] = [2, 4, 3, 8], got [2, 5, 3, 8]",
+        {"initial_left": of(2, 5, 3, 8), "initial_top": of(2)},
+    ),
+    ("initial_top: expected [B, X, H, D] = [2, 5, 3, 8], got [2, 4, 3, 8]", {"initial_top": of(2, 4, 3, 8)}),
+    ("initial_left: expected float32, got float64", {"initial_left": of(2, 4, 3, 8, dtype=torch.float64)}),
+    (
+        "initial_top: expected bfloat16 or float32, got float16",
+        {
+            **dict.fromkeys(("x_r", "x_d"), of(2, 5, 4, 3, 8, dtype=torch.bfloat16)),
+            "initial_top": of(2, 5, 3, 8, dtype=torch.float16),
+        },
+    ),
+    # Of several mistakes the first in the order of the arguments is told; an empty grid does not hide one.
+    (f"x_d: expected {NODES}, got [1]", {"x_d": of(1, dtype=torch.int64), "t_rl": of(1), "initial_left": of(1)}),
+    ("t_ru: expected [B, X, Y, H] = [2, 5, 4, 3], got [1]", {"t_ru": of(1), "t_du": of(1), "initial_top": of(1)}),
+    (
+        "t_rl: expected [B, X, Y, H] = [2, 0, 4, 3], got [2, 5, 4, 3]",
+        {**dict.fromkeys(("x_r", "x_d"), of(2, 0, 4, 3, 8))},
+    ),
+]
 MISTAKES = [
     *RNN,
     *(Mistake(op, text, change) for op, text, change in KERNELS),
@@ -430,6 +486,7 @@ MISTAKES = [
         for text, edges, values in PACKED
     ),
     *(Mistake("fft_conv", text, change) for text, change in FFT_CONV),
+    *(Mistake("grid_scan", text, change) for text, change in GRID),
     *(Mistake("linear_scan", text, change) for text, change in LINEAR),
     *(Mistake("softmax_scan", text, change) for text, change in SOFTMAX),
     *(Mistake("linear_scan", text, packed(edges), values) for text, edges, values in PACKED),
@@ -572,6 +629,11 @@ def test_good_edges_of_scans_are_accepted() -> None:
 
 def of_backward(op: str) -> dict[str, Any]:
     """Good arguments of a backward, B = 2, T = 5."""
+    if op == "grid_scan_backward":
+        x, t, border = torch.zeros(2, 5, 5, 3, 4), torch.zeros(2, 5, 5, 3), torch.zeros(2, 5, 3, 4)
+        gates = dict.fromkeys(("t_rl", "t_ru", "t_dl", "t_du"), t)
+        tensors = {"dr": x, "dd": x, **gates, "r": x, "d": x}
+        return tensors | {"initial_left": border, "initial_top": border}
     if op == "linear_scan_backward":
         x = torch.zeros(2, 5, 3)
         return {"dh": x, "dfinal_state": x[:, 0], "a": x, "h": x, "initial_state": x[:, 0]}
@@ -664,6 +726,27 @@ BACKWARD_MISTAKES = [
     ("cauchy_kernel_backward", {"dy": torch.zeros(2, 6) + 0j}, "dy: expected [H, L] = [2, 7], got [2, 6]"),
     ("cauchy_kernel_backward", {"dy": torch.zeros(2, 7)}, "dy: expected complex64, got float32"),
     ("cauchy_kernel_backward", {"w": torch.zeros(2) + 0j}, "w: expected [H, N] = [2, 5], got [2]"),
+    ("grid_scan_backward", {"dr": None, "dd": None}, "dr: expected a tensor where dd is None, got None"),
+    ("grid_scan_backward", {"dr": torch.zeros(2)}, "dr: expected 5 dimensions [B, X, Y, H, D], got shape [2]"),
+    (
+        "grid_scan_backward",
+        {"dr": None, "dd": torch.zeros(2).long()},
+        "dd: expected 5 dimensions [B, X, Y, H, D], got shape [2]",
+    ),
+    ("grid_scan_backward", {"dd": torch.zeros(2, 5, 5, 3, 4).double()}, "dd: expected float32, got float64"),
+    ("grid_scan_backward", {"t_du": torch.zeros(2)}, "t_du: expected [B, X, Y, H] = [2, 5, 5, 3], got [2]"),
+    ("grid_scan_backward", {"d": None}, "d: expected together with r, got None"),
+    ("grid_scan_backward", {"r": None}, "r: expected together with d, got None"),
+    (
+        "grid_scan_backward",
+        {"d": torch.zeros(2, 5, 5, 3, 1)},
+        "d: expected [B, X, Y, H, D] = [2, 5, 5, 3, 4], got [2, 5, 5, 3, 1]",
+    ),
+    (
+        "grid_scan_backward",
+        {"initial_top": torch.zeros(2, 3)},
+        "initial_top: expected [B, X, H, D] = [2, 5, 3, 4], got [2, 3]",
+    ),
     ("softmax_scan_backward", {"initial_out": None}, "initial_out: expected together with initial_lse, got None"),
     ("fft_conv_backward", {"dy": torch.zeros(2, 5, 4)}, "dy: expected [B, T, D, N] = [2, 5, 4, 3], got [2, 5, 4]"),
     ("fft_conv_backward", {"k": torch.zeros(4, 7)}, "dy: expected [B, T, D] = [2, 5, 4], got [2, 5, 4, 3]"),

@@ -43,11 +43,14 @@ def allowed(file: str) -> set[str]:
             "cpu.py": {"torch", "seqops.core", "seqops._C", f"{mine}.tiles"},
             "tune.py": {"torch", "seqops.core", "seqops.tune.target", mine},
             "tiles.py": {"seqops.tune.csp", f"{mine}.cells"},
+            # How the kernels of several operators are tried.
+            "tune_examples.py": {"torch", "seqops.core", "seqops.tune.target"},
             # What is made of torch's operators and ours, for several backends.
             "composed.py": {"torch", "seqops.core"},
             "__init__.py": {"seqops.core", mine},
         }
-        return packages[kind] | {f"{mine}.{each.stem}" for each in beside(file, kind)}
+        own = set() if operator is None else {f"{mine}.{kind.removesuffix('.py')}"}
+        return packages[kind] | own | {f"{mine}.{each.stem}" for each in beside(file, kind)}
     if file == "core/launch.py":  # CuPy's bindings and torch's own file locks, when a kernel is first compiled
         return {"torch", "seqops.core", "cupy_backends", "cuda", "filelock"}
     if file == "core/choose.py":  # the tuner, when a kernel asks for its constants

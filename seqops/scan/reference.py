@@ -1,6 +1,7 @@
-"""The specification of the scans: one loop over time steps, in plain torch.
+"""The specification of the scans: one loop over time steps or over the nodes of a grid, in plain torch.
 
-Letters: B batch, T time, C channels (any number of dimensions), H heads, D channels of a head, N packed sequences.
+Letters: B batch, T time, C channels (any number of dimensions), H heads, D channels of a head, N packed sequences, X
+and Y sides of a grid.
 
 Float64 and complex128 stay; every other dtype is computed in float32 or complex64, and only the outputs are rounded to
 the storage dtype. All derivatives come from autograd, of any order. Arguments are not validated here.
@@ -211,3 +212,58 @@ def packed(
     edges = cu_seqlens.tolist()
     results = [sequence(n, *edges[n : n + 2]) for n in range(len(edges) - 1)]
     return tuple(torch.cat([none[i], *(result[i] for result in results)], dims[i]) for i in (0, 1))
+
+
+def grid_scan(
+    x_r: Tensor,
+    x_d: Tensor,
+    t_rl: Tensor,
+    t_ru: Tensor | None,
+    t_dl: Tensor | None,
+    t_du: Tensor,
+    *,
+    initial_left: Tensor | None = None,
+    initial_top: Tensor | None = None,
+    flip_x: bool = False,
+    flip_y: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`r = t_rl l + t_ru u + x_r` and `d = t_dl l + t_du u + x_d`, where `l = r(x-1, y)` and `u = d(x, y-1)`.
+
+    A gate of exactly 0 lets nothing pass, neither NaN nor infinity.
+
+    Args:
+        x_r, x_d: [B, X, Y, H, D], real.
+        t_rl, t_ru, t_dl, t_du: [B, X, Y, H], no more precise than the arithmetic; t_ru, t_dl may be None.
+        initial_left: [B, Y, H, D]: l at the first x, zeros if None.
+        initial_top: [B, X, H, D]: u at the first y, zeros if None.
+        flip_x, flip_y: from the last index to the first.
+
+    Returns:
+        `r` and `d` [B, X, Y, H, D] in the dtype of x_r.
+
+    Poeppel et al., "pLSTM: parallelizable linear source transition mark networks", 2025.
+    """
+    precision = torch.float64 if x_r.dtype == torch.float64 else torch.float32
+    storage, (B, X, Y, H, D) = x_r.dtype, x_r.shape
+    x_r, x_d = x_r.to(precision), x_d.to(precision)
+    rl, ru, dl, du = (None if t is None else t.to(precision)[..., None] for t in (t_rl, t_ru, t_dl, t_du))
+    left = x_r.new_zeros(B, Y, H, D) if initial_left is None else initial_left.to(precision)
+    top = x_r.new_zeros(B, X, H, D) if initial_top is None else initial_top.to(precision)
+
+    def term(gate: Tensor | None, at: tuple[slice, int, int], value: Tensor) -> Tensor | float:
+        return 0.0 if gate is None else Carry.apply(gate[at], value)
+
+    r, d = {}, {}  # node -> [B, H, D]
+    for x in reversed(range(X)) if flip_x else range(X):
+        for y in reversed(range(Y)) if flip_y else range(Y):
+            l = r.get((x + 1 if flip_x else x - 1, y), left[:, y])  # noqa: E741
+            u = d.get((x, y + 1 if flip_y else y - 1), top[:, x])
+            at = slice(None), x, y
+            r[x, y] = term(rl, at, l) + term(ru, at, u) + x_r[at]
+            d[x, y] = term(dl, at, l) + term(du, at, u) + x_d[at]
+
+    def joined_nodes(nodes: dict[tuple[int, int], Tensor], like: Tensor) -> Tensor:
+        rows = [torch.stack([nodes[x, y] for y in range(Y)], 1) for x in range(X)] if Y else []
+        return (torch.stack(rows, 1) if rows else like.clone()).to(storage)
+
+    return joined_nodes(r, x_r), joined_nodes(d, x_d)

@@ -238,7 +238,7 @@ class _Work(NamedTuple):
         active = csp.min_(blocks, csp.ceildiv(grid, self.device.processors))
         each = csp.max_(self.latency / steps, CHAIN_CYCLES * self.cycle, self.step_us(active, threads, 1))
         walk = csp.ceildiv(grid, blocks * self.device.processors) * self.time * each
-        return self.device.launch_us + self.latency + _overlapping(walk, self.moved)
+        return self.device.launch_us + self.latency + overlapping(walk, self.moved)
 
     def tiles_us(self, threads: Any, steps: Any, blocks: Any, lanes: Any, group: Any) -> csp.Expression:
         device, cycle, slices = self.device, self.cycle, threads // lanes
@@ -258,10 +258,10 @@ class _Work(NamedTuple):
         width = lanes * (16 if self.lane.marches else self.element)  # bytes next to each other
         waste = csp.max_(1, SECTOR / width) + csp.max_(0, LINE - width) / (4 * LINE)
         # The workspace is cleared first.
-        return 2 * device.launch_us + _overlapping(self.moved * waste + packets, csp.max_(waves, chain))
+        return 2 * device.launch_us + overlapping(self.moved * waste + packets, csp.max_(waves, chain))
 
 
-def _overlapping(first: Any, second: Any) -> csp.Expression:
+def overlapping(first: Any, second: Any) -> csp.Expression:
     """Two times that overlap, but never wholly."""
     return csp.max_(first, second) + csp.min_(first, second) * OVERLAP_LOSS
 
@@ -306,7 +306,7 @@ def problem_in_triton(device: Any, key: Any) -> csp.Problem:
 
     def walk_us(steps: Any, parallel: Any, moved: float) -> csp.Expression:
         waiting = csp.ceildiv(parallel, resident) * steps * (2 * device.memory_latency_us / DEPTH)
-        return _overlapping(waiting, moved) + device.launch_us
+        return overlapping(waiting, moved) + device.launch_us
 
     def moved_us(each: int) -> float:
         return rows * time * channels * each / device.bandwidth

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core import choose
-from . import tiles
+from . import tiles, triton_grid_scan
 from . import triton_kernels as kernels
+from .triton_grid_scan import grid_scan, grid_scan_backward  # noqa: F401  served from here
 from .triton_kernels import APPLY, EACH, FOLD, NONE, RECALL, REDUCE, SUM
 
 # Steps of a tile in the interpreter, which has no device to choose for; 0: one walk, however long.
@@ -689,7 +690,8 @@ COMPLEX_PAIRS = (
 
 def configurations() -> list[dict[str, Any]]:
     """Every kernel that may be launched: kernel, types of its run-time arguments, constants, options."""
-    return [*forward_configurations(), *backward_configurations(), *weights_configurations(), *values_configurations()]
+    own = [*forward_configurations(), *backward_configurations(), *weights_configurations(), *values_configurations()]
+    return [*own, *triton_grid_scan.configurations()]
 
 
 def configuration(

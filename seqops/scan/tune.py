@@ -5,7 +5,7 @@ Letters: B batch, T time, C channels, H heads, D channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -15,13 +15,10 @@ from torch import Tensor
 
 from ..core import backend, choose
 from ..tune.target import Example, Flag, Report, Shape, Target, compile_cuda
-from . import cuda, reference, tiles
+from . import cuda, reference, tiles, tune_grid_scan
 from .op import ops
+from .tune_examples import DTYPES, compile_nothing, draw, example
 
-DTYPES = ("bfloat16", "float16", "float32", "float64")
-# Relative and absolute: in 16 bit 16 unit roundoffs, about twice what sums over a head need; else three times or more
-# what the longest walks need.
-TOLERANCES = {"float64": 1e-12, "float32": 2e-5, "float16": 0.008, "bfloat16": 0.06}
 HEAD = 64  # channels that share a gate, where gates are of heads
 
 # Values are checked over several tiles, and several groups of them.
@@ -83,11 +80,6 @@ def compile_pass(device: Any, key: choose.Key, constants: choose.Solution) -> Re
     return compile_cuda(kernel.source, compiled, device.architecture, shared, constants["threads"])
 
 
-def compile_nothing(device: Any, key: choose.Key, constants: choose.Solution) -> None:
-    """Tiles of the Triton kernels are arguments: no choice compiles anything."""
-    return None
-
-
 def keys_of(name: str) -> Iterator[choose.Key]:
     """The kernel for all dtypes, at few and many rows, steps and channels."""
     for kernel in tiles.passes():
@@ -97,27 +89,6 @@ def keys_of(name: str) -> Iterator[choose.Key]:
 
 
 # ---- examples
-
-
-def draw(*sizes: int, dtype: str, device: str) -> Tensor:
-    generator = torch.Generator().manual_seed(len(sizes))
-    return torch.randn(sizes, generator=generator).to(getattr(torch, dtype)).to(device)
-
-
-def example(
-    where: str,
-    run: Callable[[], Sequence[Tensor]],
-    expected: Callable[[], Sequence[Tensor]],
-    dtype: str,
-    summed: int = 1,
-) -> Example:
-    """`summed`: values of either sign that are added to one output, whose errors add up too."""
-
-    def within() -> Sequence[Tensor]:
-        with backend.backend(where), torch.no_grad():
-            return run()
-
-    return Example(within, expected, (TOLERANCES[dtype], TOLERANCES[dtype] * summed**0.5))
 
 
 def linear_inputs(shape: Shape, dtype: str, device: str) -> tuple[Tensor, Tensor]:
@@ -232,4 +203,4 @@ def triton_targets() -> list[Target]:
     return [target(name) for name in triton.TUNABLES]
 
 
-TARGETS = [*map(cuda_target, cuda.TUNABLES), *triton_targets()]
+TARGETS = [*map(cuda_target, cuda.TUNABLES), *triton_targets(), *tune_grid_scan.targets()]

@@ -7,7 +7,7 @@ and the bound its errors must keep. Errors are relative root mean squares agains
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import causal_conv1d, common, conv_ssm, fft_conv, rnn, scan, ssm_kernel
+from . import causal_conv1d, common, conv_ssm, fft_conv, grid_scan, rnn, scan, ssm_kernel
 from .common import (
     LAYOUTS,
     NARROW,
@@ -29,7 +29,9 @@ from .common import (
     same_bits,
 )
 
-ROOMS = {op: room for room in (rnn, scan, conv_ssm, ssm_kernel, causal_conv1d, fft_conv) for op in room.OPERATORS}
+ROOMS = {
+    op: room for room in (rnn, scan, conv_ssm, ssm_kernel, causal_conv1d, fft_conv, grid_scan) for op in room.OPERATORS
+}
 OPERATORS = tuple(ROOMS)
 CASES: dict[str, list[Case]] = {op: room.table(op) for op, room in ROOMS.items()}
 
@@ -54,6 +56,7 @@ __all__ = [
     "exact_results",
     "example",
     "fft_conv",
+    "grid_scan",
     "in_double",
     "in_float64",
     "only",
