@@ -201,6 +201,19 @@ SEQOPS_INLINE Vector<Compute<S>> rounded(Vector<Compute<S>> value) {
   }
 }
 
+// ---- lanes by number
+
+template <class T>
+SEQOPS_INLINE Vector<T> permute(Vector<T> v, Bits<T> from) {
+#if defined(__clang__)
+  Vector<T> result;
+  for (int lane = 0; lane < LANES<T>; ++lane) result[lane] = v[from[lane]];
+  return result;
+#else
+  return __builtin_shuffle(v, from);
+#endif
+}
+
 // ---- transposing a square of LANES x LANES in registers: swap blocks of 1, 2, 4, ... lanes off the diagonal
 
 template <class T, int BLOCK = 1>

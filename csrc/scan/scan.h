@@ -11,14 +11,11 @@
 #include <stdint.h>
 
 #include "../common/isa.h"
+#include "../common/sequence.h"
 
 namespace seqops {
 
 constexpr int64_t STEPS = 8;  // most steps taken together
-
-struct Row {
-  int64_t batch, first, steps;  // steps first .. first + steps - 1 of this batch row
-};
 
 struct Task {
   int64_t row;
@@ -35,11 +32,6 @@ struct Tasks {
   int64_t* next;  // starts at 0
   bool descending;
   int64_t block;  // steps taken together, a power of two up to STEPS
-};
-
-struct Sequence {  // [B, T, ...], dense inside a step; null: zeros, or not wanted
-  void* data;
-  int64_t row, step;  // strides, in elements (complex ones count as one)
 };
 
 // h_t = a_t h_{t-1} + x_t, and its backward: g_t = dh_t + conj(a_{t+1}) g_{t+1}, dx_t = g_t, da_t = g_t conj(h_{t-1}).

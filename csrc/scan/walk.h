@@ -8,17 +8,6 @@ namespace seqops::SEQOPS_ISA {
 namespace {
 
 template <class T>
-SEQOPS_INLINE Vector<T> permute(Vector<T> v, Bits<T> from) {
-#if defined(__clang__)
-  Vector<T> result;
-  for (int lane = 0; lane < LANES<T>; ++lane) result[lane] = v[from[lane]];
-  return result;
-#else
-  return __builtin_shuffle(v, from);
-#endif
-}
-
-template <class T>
 SEQOPS_INLINE Bits<T> lane_numbers() {
   Bits<T> lanes = {};
 #pragma GCC unroll 16
