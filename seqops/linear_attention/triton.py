@@ -841,8 +841,6 @@ def small_configurations() -> Iterator[dict[str, Any]]:
         for lanes in LANES:
             constants = {"BC": lanes, "DEPTH": DEPTH}
             yield configuration(kernels.linear_attention_decay, constants, state, max(lanes // 32, 1), p_g=storage)
-        kind = tiles.Kind(str(storage).removeprefix("torch."), False, storage in HALVES)
-        for reverse, lanes in itertools.product(flags, REACHED):
-            for steps in {each.steps: None for each in kind.shapes()}:
-                constants = {"REVERSE": reverse, "BT": steps, "BC": lanes}
-                yield configuration(window_kernels.linear_attention_reach, constants, state, 1, p_g=storage)
+        for reverse, lanes, steps in itertools.product(flags, REACHED, (16, 64)):
+            constants = {"REVERSE": reverse, "BT": steps, "BC": lanes}
+            yield configuration(window_kernels.linear_attention_reach, constants, state, 1, p_g=storage)
