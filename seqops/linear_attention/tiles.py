@@ -36,7 +36,7 @@ class Kind(NamedTuple):
         """Those that spill nothing on any architecture, the longest chunks first. single: for one step."""
         size = SIZES[self.dtype]
         if size == 8 or single:
-            return (Shape(16, 32, 32, 4, True),)
+            return (Shape(16, 32, 16 if size == 8 else 32, 4, True),)
         if size == 4:
             return (Shape(16, 32, 32, 4),)
         if self.channel or not self.aligned:

@@ -144,11 +144,13 @@ def place(p_rows, i_row, spans, span, start, T, packed):
 
     p_rows [rows, 4], where packed: sequence, first, last, begin. Else all have `spans` rows, the first at `start`.
     """
-    i_n = i_row // spans
+    # Division in 32 bits, which is an instruction and not a call: there are fewer rows than that.
+    i_narrow = i_row.to(tl.int32)
+    i_n = (i_narrow // spans).to(tl.int64)
     i_b = i_n
     first = i_row * 0
     last = first + T
-    begin = start + i_row % spans * span
+    begin = start + (i_narrow % spans).to(tl.int64) * span
     if packed > 0:
         i_n = tl.load(p_rows + i_row * 4)
         i_b = i_row * 0

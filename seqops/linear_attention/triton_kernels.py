@@ -365,14 +365,15 @@ def linear_attention_join(
 ):  # fmt: skip
     """Replace what each row adds, in state [rows, H, K, V], by the state before the row; last [sequences, H, K, V]."""
     pid = tl.program_id(0)
-    size = (pid * 0).to(tl.int64) + K * V
-    blocks = (size + BC - 1) // BC
-    o_c = pid % blocks * BC + tl.arange(0, BC)
-    i_h = pid // blocks % heads
-    i_n = pid // blocks // heads
-    m_c = o_c < size
-    b_k = o_c // V
-    b_v = o_c % V
+    blocks = (K * V + BC - 1) // BC
+    b_c = pid % blocks * BC + tl.arange(0, BC)
+    i_h = (pid // blocks % heads).to(tl.int64)
+    i_n = (pid // blocks // heads).to(tl.int64)
+    m_c = b_c < K * V
+    b_k = (b_c // V).to(tl.int64)
+    b_v = (b_c % V).to(tl.int64)
+    size = i_h * 0 + K * V
+    o_c = b_c.to(tl.int64)
     o_state = i_h * size + o_c
     o_initial = i_n * stride_initial_n + i_h * stride_initial_h + b_k * stride_initial_k + b_v * stride_initial_v
     b_s = tl.load(p_initial + o_initial, mask=m_c & (o_c * 0 + i_n < initial_rows), other=0.0)
@@ -433,11 +434,12 @@ def linear_attention_decay(
     pid = tl.program_id(0)
     size = heads * K
     blocks = (size + BC - 1) // BC
-    o_c = (pid % blocks * BC + tl.arange(0, BC)).to(tl.int64)
+    b_c = pid % blocks * BC + tl.arange(0, BC)
+    o_c = b_c.to(tl.int64)
     i_row = (pid // blocks).to(tl.int64)
     _, i_b, first, _, begin, count = place(p_rows, i_row, spans, span, start, T, packed)
     m_c = o_c < size
-    p_g += i_b * stride_g_b + o_c // K * stride_g_h + o_c % K * stride_g_k
+    p_g += i_b * stride_g_b + (b_c // K).to(tl.int64) * stride_g_h + (b_c % K).to(tl.int64) * stride_g_k
     o_first = (i_b * T + begin) * size + o_c
     b_dg = tl.load(p_m + i_row * size + o_c, mask=m_c, other=0.0)
     for i in range(0, ((count + DEPTH - 1) // DEPTH).to(tl.int32)):
