@@ -1,4 +1,4 @@
-"""Draws linear_attention_gpu.svg, the picture on linear-attention-gpu.md: a chunk with its state, and a window's blocks.
+"""Draws linear_attention_gpu.svg, the picture on linear-attention-gpu.md: chunks with states, and a window's blocks.
 
 Run:  python docs/figures/linear_attention_gpu.py
 

@@ -23,6 +23,7 @@ class Shape(NamedTuple):
     outer: int
     warps: int
     exact: bool = False  # step by step, without products of blocks
+    architectures: tuple[int, ...] = ()  # that it spills nothing on; none: on any
 
 
 class Kind(NamedTuple):
@@ -33,7 +34,7 @@ class Kind(NamedTuple):
     aligned: bool  # wide accesses
 
     def shapes(self, single: bool = False) -> tuple[Shape, ...]:
-        """Those that spill nothing on any architecture, the longest chunks first. single: for one step."""
+        """Those that spill nothing, the longest chunks first. single: for one step."""
         size = SIZES[self.dtype]
         if size == 8 or single:
             return (Shape(16, 32, 16 if size == 8 else 32, 4, True),)
@@ -41,7 +42,7 @@ class Kind(NamedTuple):
             return (Shape(16, 32, 32, 4),)
         if self.channel or not self.aligned:
             return (Shape(16, 64, 32, 4),)
-        return Shape(64, 64, 32, 8), Shape(16, 64, 32, 4)
+        return Shape(64, 64, 32, 8, architectures=(80, 90, 100)), Shape(16, 64, 32, 4)
 
     def shape(self, steps: int, single: bool = False) -> Shape:
         """The one of chunks of `steps`."""
@@ -66,7 +67,7 @@ def problem(device: Any, key: Any) -> csp.Problem:
     kind = Kind(key.dtype, decay == "channel", aligned)
     backward = ".backward." in key.kernel
     size, time, width = SIZES[key.dtype], key["T"], max(key["K"], key["V"])
-    shapes = {each.steps: each for each in kind.shapes(time == 1)}
+    shapes = {each.steps: each for each in kind.shapes(time == 1) if fits(each, device.arch)}
 
     p = csp.Problem(str(key))
     steps = p.int("steps", values=tuple(shapes))
@@ -93,6 +94,11 @@ def problem(device: Any, key: Any) -> csp.Problem:
     reduced = csp.where(span == 0, 0, (once + states + 3 * device.launch_us) * (2 if backward else 1))
     p.minimize(walks * (once + 2 * device.launch_us) + reduced, then=(-steps, -span))
     return p
+
+
+def fits(shape: Shape, arch: int) -> bool:
+    """Compute capabilities 8.6 and 8.9 have the instructions of 8.0."""
+    return not shape.architectures or arch in shape.architectures or 80 <= arch < 90
 
 
 def multiplications(shape: Shape) -> int:

@@ -806,7 +806,11 @@ def walk_configurations() -> Iterator[dict[str, Any]]:
             constants = {"PASS": form.value, "DECAY": decay.value, "REVERSE": reverse, "ADD": add, "PARTNER": partner}
             constants |= {"EXACT": exact, "NARROW": narrow, **blocks_of(shape)}
             wide = aligned if shape.steps > 16 else None
-            yield configuration(kernel, constants, state, shape.warps, wide, **like, p_o=o)
+            yield on(shape, configuration(kernel, constants, state, shape.warps, wide, **like, p_o=o))
+
+
+def on(shape: Shape, configuration: dict[str, Any]) -> dict[str, Any]:
+    return configuration | ({"architectures": shape.architectures} if shape.architectures else {})
 
 
 def exact_of(shape: Shape) -> tuple[int, ...]:
@@ -826,7 +830,7 @@ def across_configurations() -> Iterator[dict[str, Any]]:
         for reverse, partner, exact in itertools.product((False, True), partners, exact_of(shape)):
             constants = {"DECAY": decay.value, "REVERSE": reverse, "PARTNER": partner, "EXACT": exact}
             wide = aligned if shape.steps > 16 else None
-            yield configuration(kernel, constants | blocks_of(shape), state, shape.warps, wide, **like)
+            yield on(shape, configuration(kernel, constants | blocks_of(shape), state, shape.warps, wide, **like))
 
 
 def small_configurations() -> Iterator[dict[str, Any]]:
