@@ -93,6 +93,9 @@ def compare(case: Case) -> None:
     cotangents = [torch.randn(shape, generator=generator).to(case.dtype) for shape in shapes]
     got = results(op.linear_attention, inputs, cotangents)
     exact = results(reference.linear_attention, doubled, cotangents)
+    if case.decay not in (None, "head"):
+        g = inputs["log_decay"]
+        assert not got["log_decay"][(g == -torch.inf) | (g > 0)].any()
     for name, value in exact.items():
         error = (got[name].double() - value).norm() / value.norm().clamp(min=1e-300)
         assert value.norm() == 0 == got[name].norm() or error <= BOUNDS[case.dtype], (name, error)
