@@ -191,7 +191,8 @@ def test_every_launch_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
         constants = {n: v for n, v in arguments.items() if n.isupper() and n not in ("B", "T", "K", "V", "W")}
         asked.add(key(kernel.__name__, types, constants))
 
-    monkeypatch.setattr(triton, "launch", record)
+    for name in ("triton", "triton_walks"):
+        monkeypatch.setattr(import_module(f"seqops.linear_attention.{name}"), "launch", record)
     decays, windows = (None, "head", "step", "channel"), (None, 3, 100)
     for dtype, decay, window, T in itertools.product(triton.TYPES, decays, windows, (1, 130)):
         for steps, width in ((16, 3), (64, 16)):
