@@ -20,7 +20,7 @@ from .op import ops
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Relative and absolute, for outputs of about 1: in 16 bit weights and states are rounded to the storage dtype as well.
-TOLERANCES = {"float64": 1e-12, "float32": 5e-5, "float16": 0.02, "bfloat16": 0.1}
+TOLERANCES = {"float64": 1e-12, "float32": 5e-5, "float16": 0.008, "bfloat16": 0.06}
 # Values are checked over several rows of several chunks.
 FLAGS = (
     Flag("batch", 4, "B, the batch rows", small=1),
@@ -80,7 +80,7 @@ def example(direction: str, shape: Shape, dtype: str, device: str) -> Example:
         return torch.autograd.grad(o, [each for each in wide if each is not None], do.double())
 
     # Gradients add as many terms as steps are remembered.
-    scale = 1 if direction == "forward" else 8
+    scale = 1 if direction == "forward" else 2
     return Example(run, expected, (TOLERANCES[dtype], TOLERANCES[dtype] * scale * shape["key"] ** 0.5))
 
 
