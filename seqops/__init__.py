@@ -12,10 +12,11 @@ if find_spec("seqops._C") is None:
 
 from . import _C, nn  # noqa: F401  _C registers torch.ops.seqops
 from .core.backend import backend, read_environment
+from .linear_attention import linear_attention
 from .rnn import elman, gru, lstm, slstm
 from .scan import linear_scan, softmax_scan
 
 read_environment()
 
 __version__ = "0.1.0"
-__all__ = ["backend", "elman", "gru", "linear_scan", "lstm", "nn", "slstm", "softmax_scan"]
+__all__ = ["backend", "elman", "gru", "linear_attention", "linear_scan", "lstm", "nn", "slstm", "softmax_scan"]

@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case, example, params, rnn, scan
+from cases import Case, as_tuple, example, linear_attention, params, rnn, scan
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,11 +38,28 @@ def every(operators: tuple[str, ...], *options: dict[str, Any]) -> list[tuple[st
 
 
 PACKED = {"B": 1, "T": 7, "packed": True}
+REVERSED = {"reverse": True}
+
+
+def reversed_if_possible(op: str) -> dict[str, Any]:
+    """The option, for operators that have it."""
+    schema = getattr(torch.ops.seqops, op).default._schema
+    return REVERSED if any(argument.name == "reverse" for argument in schema.arguments) else {}
+
+
 # Every way of an operator to treat its arguments apart.
 VARIANTS = with_options(
     *every(rnn.OPERATORS, {"lengths": True, "reverse": True, "grad_clip": 0.3}),
     *every(scan.OPERATORS, {}, {"reverse": True}, PACKED),
     *every(("linear_scan",), {"gate": "B1"}, {"gate": ""}, {"gate": "T0", **PACKED}),
+    *every(
+        linear_attention.OPERATORS,
+        {},
+        {"decay": "channel"},
+        {"decay": "head", **PACKED},
+        {"decay": "none", "window": 2},
+    ),
+    *every(linear_attention.OPERATORS, {"decay": "none", "causal": False, "states": "none"}),
 )
 
 
@@ -82,6 +99,7 @@ def checked_cases() -> list[Any]:
         *params("small", where=lambda case: case.B * case.T == 0 < case.B + case.T, operators=rnn.OPERATORS),
         *params("small", where=lambda case: not case.states, operators=rnn.OPERATORS),
         *params("small", where=of_scan, operators=scan.OPERATORS),
+        *params("tiny", where=lambda case: case.layout == "contiguous", operators=linear_attention.OPERATORS),
     ]
 
 
@@ -124,10 +142,13 @@ def test_schema_is_the_public_signature(op: str) -> None:
 
 # ---------------------------------------------------------------- autograd
 
+# Where an example has many numbers: finite differences take two calls for each.
+FEWER = {"linear_attention": {"B": 2, "T": 3, "H": 2, "K": 2, "V": 3}}
+
 
 def gradient_case(op: str, **options: Any) -> tuple[Case, dict[str, Any], dict[str, Tensor], Callable[..., Any]]:
     """A float64 case, its inputs, its leaves, and the operator as a function of the leaves in that order."""
-    case = example(op, **({"T": 4, "dtype": torch.float64} | options))
+    case = example(op, **({"T": 4, "dtype": torch.float64} | FEWER.get(op, {}) | options))
     inputs = case.inputs()
     if op in rnn.OPERATORS and case.lengths:
         with torch.no_grad():  # finite differences of NaN are NaN
@@ -196,14 +217,29 @@ def test_forward_mode_is_refused(op: str) -> None:
 
 def loss_of(function: Callable[..., tuple[Tensor, ...]], options: dict[str, Any]) -> Callable[..., Tensor]:
     """A scalar of every output, of the positional tensors."""
-    return lambda *values: sum(output.sin().sum() for output in function(*values, **options))
+
+    def parts(output: Tensor) -> Tensor:
+        return torch.view_as_real(output) if output.is_complex() else output
+
+    return lambda *values: sum(parts(output).sin().sum() for output in as_tuple(function)(*values, **options))
+
+
+def jacobians(f: Callable[..., Tensor], values: tuple[Tensor, ...]) -> Any:
+    """With respect to the first two arguments, or the one of them that is real: jacrev takes no others."""
+    real = [i for i in (0, 1) if not values[i].is_complex()]
+
+    def of_real(*some: Tensor) -> Tensor:
+        given = dict(zip(real, some, strict=True))
+        return f(*(given.get(i, value) for i, value in enumerate(values)))
+
+    return torch.func.jacrev(of_real, tuple(range(len(real))))(*(values[i] for i in real))
 
 
 TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Any]] = {
     "grad": lambda f, v: torch.func.grad(f, tuple(range(len(v))))(*take(v, 0)),
     "grad_and_value": lambda f, v: torch.func.grad_and_value(f)(*take(v, 0)),
     "vjp": lambda f, v: torch.func.vjp(f, *take(v, 0))[1](torch.tensor(2.0, dtype=torch.float64)),
-    "jacrev": lambda f, v: torch.func.jacrev(f, (0, 1))(*take(v, 0)),
+    "jacrev": lambda f, v: jacobians(f, take(v, 0)),
     "vmap": lambda f, v: torch.vmap(f)(*v),
     "vmap, first one mapped": lambda f, v: torch.vmap(f, (0, *[None] * (len(v) - 1)))(v[0], *take(v[1:], 0)),
     "vmap, first one not mapped": lambda f, v: torch.vmap(f, (None, 0, 0, *[None] * (len(v) - 3)))(
@@ -288,10 +324,10 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
 
     Torch itself treats sizes of 0 and 1 apart, and the gradient of r has one of T - 1.
     """
-    options = {"reverse": True} | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
+    options = reversed_if_possible(op) | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:
-        outputs = getattr(torch.ops.seqops, op)(*values, **options)
+        outputs = as_tuple(getattr(torch.ops.seqops, op))(*values, **options)
         return tuple(output * 2 for output in outputs)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -378,7 +414,8 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
     class Module(torch.nn.Module):
         def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
             named = dict(zip(reversed(last), reversed(values), strict=False))
-            return getattr(torch.ops.seqops, op)(*values[: len(values) - len(last)], **named, reverse=True)
+            named |= reversed_if_possible(op)
+            return as_tuple(getattr(torch.ops.seqops, op))(*values[: len(values) - len(last)], **named)
 
     def arguments(B: int, T: int) -> tuple[Tensor, ...]:
         inputs = example(op, B=B, T=T, **options).inputs()
@@ -390,6 +427,7 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
     dynamic = {
         "linear_scan": (sequence, sequence, row),
         "softmax_scan": (sequence, sequence, row, row),
+        "linear_attention": (sequence, sequence, sequence, sequence, row),
     }.get(op, (sequence, None, None, row))
     exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=(dynamic,))
     assert [str(n.target) for n in exported.graph.nodes if "seqops" in str(n.target)] == [f"seqops.{op}.default"]
@@ -422,9 +460,9 @@ def test_autocast_of_products(op: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize("op", scan.OPERATORS)
+@pytest.mark.parametrize("op", [*scan.OPERATORS, *linear_attention.OPERATORS])
 def test_autocast_casts_no_scan(op: str, dtype: torch.dtype) -> None:
-    if op == "softmax_scan" and dtype.is_complex:
+    if op != "linear_scan" and dtype.is_complex:
         dtype = torch.float16
     case = example(op, dtype=dtype)
     inputs = case.inputs()
@@ -513,7 +551,7 @@ def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_forced_reference(op: str, mode: str, reference_calls: list[int]) -> None:
     """It runs, once, gives the reference's own bits and gradients, and is gone when the block ends."""
-    case = example(op, **({"lengths": True} if op in rnn.OPERATORS else PACKED))
+    case = example(op, **({"lengths": True} if op in rnn.OPERATORS else PACKED if op in scan.OPERATORS else {}))
     inputs = case.inputs()
     expected = case.reference(**inputs)
     cotangents = case.cotangents(expected)
@@ -605,7 +643,7 @@ def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
     named = {a.name: inputs[a.name] for a in overload._schema.arguments if a.kwarg_only and a.name in inputs}
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with torch.no_grad():
-        return overload.redispatch(keys, *positional, **named)
+        return as_tuple(overload.redispatch)(keys, *positional, **named)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this key has kernels")
@@ -643,7 +681,7 @@ class Module(types.ModuleType):
             raise LookupError(f"{self.__name__}.{name}")
         return serve
 
-for room in ("rnn", "scan"):
+for room in ("rnn", "scan", "linear_attention"):
     sys.modules[f"seqops.{room}.triton"] = Module(f"seqops.{room}.triton")
 for op in cases.OPERATORS:
     try:
@@ -662,7 +700,7 @@ def test_without_cupy(triton: str, run_python: Callable[..., str]) -> None:
     has_triton = {op for op, _, name in backends.kernels() if name == "triton"}
     for op, text in said.items():
         if triton == "with" and op in has_triton and find_spec("triton") is not None:
-            assert text == f"seqops.{'scan' if op in scan.OPERATORS else 'rnn'}.triton.{op}"
+            assert text == f"{getattr(seqops, op).__module__.rpartition('.')[0]}.triton.{op}"
             continue
         assert text.startswith(f"seqops::{op}: no kernel for cuda tensors (cuda: CuPy is not installed (pip install ")
         assert op not in has_triton or "triton: Triton is not installed (pip install triton)" in text

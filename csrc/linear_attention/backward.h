@@ -296,7 +296,9 @@ struct Backward {
   // A reset has no gradient, and nothing before it reaches what comes after: the sum starts anew.
   double store_gradient(int64_t t, int64_t channel, T g, double& sum) {
     if (is_reset(g)) sum = 0;
-    const double value = is_reset(g) || g > 0 ? 0 : sum;
+    // Nor has a decay of nothing: of no state at all, or of one that no query sees.
+    const bool of_nothing = item.window == 1 || (t == 0 && item.k.initial == nullptr);
+    const double value = is_reset(g) || g > 0 || of_nothing ? 0 : sum;
     if (item.k.sum_decay) return value;
     const HeadView& view = item.k.dg;
     const int64_t at = item.batch * view.batch + (item.first + t) * view.step + item.head * view.head + channel;

@@ -141,6 +141,9 @@ struct Forward {
     if (from != nullptr) product<T>(n, V, K, {q, K, 1}, from, V, o, V, added<T>());
   }
 
+  // Under a window that leaves nothing of the item out: the same bits as without.
+  bool is_short() const { return item.k.window > 0 && item.window == 0; }
+
   void march() {
     item.load_state(item.k.initial, state, false);
     if (item.steps == 1) march_by_steps(0, 1, state);

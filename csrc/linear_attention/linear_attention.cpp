@@ -187,6 +187,10 @@ void run(const Call& call, const std::vector<Row>& rows, const Passes& whole, co
   const Scratch scratch(workers * buffers + slots);
   char* const first = static_cast<char*>(scratch.get());
   for (int64_t item = 0; item < call.items; ++item) {
+    if (chunks_of(item) < 2) {
+      for (const LinearAttentionPass pass : whole) pass(k, item, 0, chunks_of(item), first, first + workers * buffers);
+      continue;
+    }
     for (size_t i = 0; i < shared.size(); ++i) {
       if (i == 1) {
         shared[i](k, item, 0, chunks_of(item), first, first + workers * buffers);

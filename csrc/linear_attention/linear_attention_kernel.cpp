@@ -15,17 +15,21 @@ void march(const LinearAttention& k, int64_t item, int64_t, int64_t, void* buffe
 
 template <class S>
 void states(const LinearAttention& k, int64_t item, int64_t begin, int64_t end, void* buffers, void* slots) {
-  Forward<S>(k, item, buffers).states(begin, end, Slots_<S>(k, slots, false));
+  Forward<S> forward(k, item, buffers);
+  if (!forward.is_short()) forward.states(begin, end, Slots_<S>(k, slots, false));
 }
 
 template <class S>
 void fold(const LinearAttention& k, int64_t item, int64_t, int64_t, void* buffers, void* slots) {
-  Forward<S>(k, item, buffers).fold(Slots_<S>(k, slots, false));
+  Forward<S> forward(k, item, buffers);
+  if (!forward.is_short()) forward.fold(Slots_<S>(k, slots, false));
 }
 
 template <class S>
 void outputs(const LinearAttention& k, int64_t item, int64_t begin, int64_t end, void* buffers, void* slots) {
-  Forward<S>(k, item, buffers).outputs(begin, end, Slots_<S>(k, slots, false));
+  Forward<S> forward(k, item, buffers);
+  if (forward.is_short()) return forward.march();
+  forward.outputs(begin, end, Slots_<S>(k, slots, false));
 }
 
 template <class S>

@@ -6,8 +6,8 @@
                                  initial_state, *, scale, causal, window, cu_seqlens)
                                 -> (dq, dk, dv, dlog_decay, dinitial_state)
 
-`log_decay` is None, [H], [B, T, H] or [B, T, H, K], and its gradient has its shape and dtype; without one `dlog_decay` is
-empty, [0]. With cu_seqlens states lead with N. States and their gradients are float32, or float64 for float64;
+`log_decay` is None, [H], [B, T, H] or [B, T, H, K], and its gradient has its shape and dtype; without one `dlog_decay`
+is empty, [0]. With cu_seqlens states lead with N. States and their gradients are float32, or float64 for float64;
 `dinitial_state` is always there (zeros with a window). Letters: B batch, T time, H heads, K key width, V value width, N
 packed sequences.
 """
@@ -56,7 +56,9 @@ def check_decay(op: str, q: Tensor, log_decay: Tensor) -> None:
     allowed = [torch.bfloat16, torch.float16, torch.float32]
     validate.check_type(op, "log_decay", log_decay, allowed + ([q.dtype] if q.dtype == torch.float64 else []))
     B, T, H, K = q.shape
-    fits = any(tuple(log_decay.shape) == shape for shape in ((H,), (B, T, H), (B, T, H, K)))
+    # By its rank: comparing shapes of other ranks would make a compiled graph depend on sizes being unequal.
+    shape = {1: (H,), 3: (B, T, H), 4: (B, T, H, K)}.get(log_decay.ndim)
+    fits = shape is not None and all(got == size for got, size in zip(log_decay.shape, shape, strict=True))
     expected = f"[H] = [{H}], [B, T, H] = [{B}, {T}, {H}] or [B, T, H, K] = [{B}, {T}, {H}, {K}]"
     validate.expect(fits, op, "log_decay", expected, validate.shape_of(log_decay))
 
@@ -292,9 +294,9 @@ def linear_attention(
     Args:
         q, k: [B, T, H, K], queries and keys: float32, float64, bfloat16 or float16, any strides.
         v: [B, T, H, V], values, in the dtype of q.
-        log_decay: g, of each head [H], of each head and step [B, T, H], or also of each key channel [B, T, H, K]; None is
-            0. Values above 0 count as 0, with no gradient; -inf is a reset, which lets nothing of the state before pass.
-            Any floating dtype that is no more precise than the state.
+        log_decay: g, of each head [H], of each head and step [B, T, H], or also of each key channel [B, T, H, K]; None
+            is 0. Values above 0 count as 0, with no gradient; -inf is a reset, which lets nothing of the state before
+            pass. Any floating dtype that is no more precise than the state.
         initial_state: [B, H, K, V], with cu_seqlens [N, H, K, V]: S before the first step, in the dtype of q or of the
             state; None is zero. Not with a window.
         scale: a number; None is K**-0.5.
@@ -313,8 +315,8 @@ def linear_attention(
         RuntimeError: if a second derivative is taken, or a forced backend cannot serve the call.
         NotImplementedError: in forward-mode differentiation.
 
-    Memory: a gradient keeps q, k, v, log_decay and the initial state. States between chunks are computed again, and held
-    for as many sequences and heads at a time as there are threads.
+    Memory: a gradient keeps q, k, v, log_decay and the initial state. States between chunks are computed again, and
+    held for as many sequences and heads at a time as there are threads.
 
     Katharopoulos et al., "Transformers are RNNs: fast autoregressive transformers with linear attention", 2020; Yang et
     al., "Gated linear attention transformers with hardware-efficient training", 2024.

@@ -38,7 +38,7 @@ def linear_attention(
         cu_seqlens: [N + 1] integers from 0 to T; B = 1. Sequence n is the steps `cu_seqlens[n]:cu_seqlens[n + 1]`.
 
     Returns:
-        `o` [B, T, H, V] in the dtype of v, and the state after the last step (with a window: of the last `window` steps)
+        `o` [B, T, H, V] in the dtype of v, and the state after the last step, with a window of the last `window` steps,
         [B or N, H, K, V] in the dtype of the arithmetic.
 
     Katharopoulos et al., "Transformers are RNNs: fast autoregressive transformers with linear attention", 2020; Yang et
@@ -59,14 +59,12 @@ def linear_attention(
         if not causal:
             state = state + torch.einsum("bthk,bthv->bhkv", k, v)
             return factor * torch.einsum("bthk,bhkv->bthv", q, state), state
+        if window is not None and q.shape[1] > 0:
+            states = windowed(k, v, g, window)
+            return factor * torch.einsum("bthk,bthkv->bthv", q, states), states[:, -1].clone()
         outputs = []
         for t in range(q.shape[1]):
-            if window is None:
-                state = decayed(g[:, t], state) + outer(k, v, t)
-            else:  # anew for every position: what has left the window is never subtracted
-                state = torch.zeros_like(state)
-                for i in range(max(t - window + 1, 0), t + 1):
-                    state = decayed(g[:, i], state) + outer(k, v, i)
+            state = decayed(g[:, t], state) + outer(k[:, t], v[:, t])
             outputs.append(factor * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
         return torch.stack(outputs, 1) if outputs else v.clone(), state
 
@@ -95,5 +93,18 @@ def decayed(g: Tensor, state: Tensor) -> Tensor:
     return (decay * state.masked_fill(reset, 0.0)).masked_fill(reset, 0.0)
 
 
-def outer(k: Tensor, v: Tensor, t: int) -> Tensor:
-    return k[:, t, :, :, None] * v[:, t, :, None, :]
+def outer(k: Tensor, v: Tensor) -> Tensor:
+    return k[..., :, None] * v[..., None, :]
+
+
+def windowed(k: Tensor, v: Tensor, g: Tensor, window: int) -> Tensor:
+    """The states [B, T, H, K, V] of all positions, each begun anew `window` steps before: nothing is subtracted."""
+    steps = k.shape[1]
+
+    def late(x: Tensor, lag: int) -> Tensor:
+        return torch.cat([torch.zeros_like(x[:, :lag]), x[:, : steps - lag]], 1)
+
+    states = torch.zeros_like(outer(k, v))
+    for lag in reversed(range(min(window, steps))):
+        states = decayed(late(g, lag), states) + outer(late(k, lag), late(v, lag))
+    return states

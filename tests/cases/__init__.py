@@ -7,7 +7,7 @@ and the bound its errors must keep. Errors are relative root mean squares agains
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import common, rnn, scan
+from . import common, linear_attention, rnn, scan
 from .common import (
     LAYOUTS,
     NARROW,
@@ -15,6 +15,7 @@ from .common import (
     Case,
     allowance,
     arrange,
+    as_tuple,
     assert_same_bits,
     assert_within,
     differentiable,
@@ -28,7 +29,7 @@ from .common import (
     same_bits,
 )
 
-ROOMS = {op: room for room in (rnn, scan) for op in room.OPERATORS}
+ROOMS = {op: room for room in (rnn, scan, linear_attention) for op in room.OPERATORS}
 OPERATORS = tuple(ROOMS)
 CASES: dict[str, list[Case]] = {op: room.table(op) for op, room in ROOMS.items()}
 
@@ -42,6 +43,7 @@ __all__ = [
     "Case",
     "allowance",
     "arrange",
+    "as_tuple",
     "assert_same_bits",
     "assert_within",
     "differentiable",
@@ -51,6 +53,7 @@ __all__ = [
     "example",
     "in_double",
     "in_float64",
+    "linear_attention",
     "only",
     "pairwise",
     "params",

@@ -57,7 +57,7 @@ class Case:
 
     @property
     def operator(self) -> Function:
-        return getattr(seqops, self.op)
+        return as_tuple(getattr(seqops, self.op))
 
     def __str__(self) -> str:
         return "-".join([self.op, *self.words()])
@@ -71,6 +71,16 @@ class Case:
 
     def with_marks(self, *marks: str) -> "Case":
         return replace(self, marks=marks)
+
+
+def as_tuple(function: Callable[..., Any]) -> Function:
+    """The function, of which a single result is a tuple of one."""
+
+    def call(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        outputs = function(*arguments, **options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    return call
 
 
 def name_of(dtype: torch.dtype) -> str:
