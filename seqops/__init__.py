@@ -13,6 +13,7 @@ if find_spec("seqops._C") is None:
 from . import _C, nn  # noqa: F401  _C registers torch.ops.seqops
 from .conv import causal_conv1d, fft_conv
 from .core.backend import backend, read_environment
+from .linear_attention import linear_attention
 from .rnn import elman, gru, lstm, slstm
 from .scan import grid_scan, linear_scan, softmax_scan
 from .ssm import cauchy_kernel, conv_ssm, ssm_kernel
@@ -29,6 +30,7 @@ __all__ = [
     "fft_conv",
     "grid_scan",
     "gru",
+    "linear_attention",
     "linear_scan",
     "lstm",
     "nn",

@@ -11,7 +11,20 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Case, as_tuple, causal_conv1d, conv_ssm, example, fft_conv, grid_scan, params, rnn, scan, ssm_kernel
+from cases import (
+    Case,
+    as_tuple,
+    causal_conv1d,
+    conv_ssm,
+    example,
+    fft_conv,
+    grid_scan,
+    linear_attention,
+    params,
+    rnn,
+    scan,
+    ssm_kernel,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,6 +70,14 @@ VARIANTS = with_options(
     *every(fft_conv.OPERATORS, {}, {"N": 2}, {"T": 34, "D": 2, "L": 40}),
     *every(causal_conv1d.OPERATORS, {}, {"dilation": 4}, {"silu": False, **PACKED}),
     *every(("grid_scan",), {"Y": 2, "H": 1}),
+    *every(
+        linear_attention.OPERATORS,
+        {},
+        {"decay": "channel"},
+        {"decay": "head", **PACKED},
+        {"decay": "none", "window": 2},
+    ),
+    *every(linear_attention.OPERATORS, {"decay": "none", "causal": False, "states": "none"}),
 )
 
 
@@ -104,6 +125,7 @@ def checked_cases() -> list[Any]:
         *params("tiny", where=lambda case: case.B > 0, operators=fft_conv.OPERATORS),
         *params("tiny", where=lambda case: case.layout == "contiguous", operators=causal_conv1d.OPERATORS),
         *params("small", where=of_grid, operators=grid_scan.OPERATORS),
+        *params("tiny", where=lambda case: case.layout == "contiguous", operators=linear_attention.OPERATORS),
     ]
 
 
@@ -148,6 +170,7 @@ def test_schema_is_the_public_signature(op: str) -> None:
 
 # Where an example has many numbers: finite differences take two calls for each.
 FEWER = {
+    "linear_attention": {"B": 2, "T": 3, "H": 2, "K": 2, "V": 3},
     "conv_ssm": {"B": 2, "T": 3, "picture": (2, 2), "U": 2, "P": 2, "kernels": ((2, 3), (1, 2), (1, 1))},
     "grid_scan": {"B": 1, "T": 2, "Y": 2, "H": 1, "D": 2},
 }
@@ -462,6 +485,7 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
         "cauchy_kernel": (row, {0: time}, row),
         "fft_conv": (sequence, None, None),
         "grid_scan": (sequence,) * 6 + (row, sequence),
+        "linear_attention": (sequence, sequence, sequence, sequence, row),
     }.get(op, (sequence, None, None, row))
     exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=(dynamic,))
     assert [str(n.target) for n in exported.graph.nodes if "seqops" in str(n.target)] == [f"seqops.{op}.default"]
@@ -494,7 +518,10 @@ def test_autocast_of_products(op: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize("op", [*scan.OPERATORS, *conv_ssm.OPERATORS, *causal_conv1d.OPERATORS, *grid_scan.OPERATORS])
+@pytest.mark.parametrize(
+    "op",
+    [*scan.OPERATORS, *conv_ssm.OPERATORS, *causal_conv1d.OPERATORS, *grid_scan.OPERATORS, *linear_attention.OPERATORS],
+)
 def test_autocast_casts_no_scan(op: str, dtype: torch.dtype) -> None:
     if op != "linear_scan" and dtype.is_complex:
         dtype = torch.float16
@@ -716,7 +743,7 @@ class Module(types.ModuleType):
             raise LookupError(f"{self.__name__}.{name}")
         return serve
 
-for room in ("rnn", "scan", "ssm", "conv"):
+for room in ("rnn", "scan", "ssm", "conv", "linear_attention"):
     sys.modules[f"seqops.{room}.triton"] = Module(f"seqops.{room}.triton")
 for op in cases.OPERATORS:
     try:

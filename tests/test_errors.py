@@ -62,6 +62,7 @@ GOOD = {
         **dict.fromkeys(("x_r", "x_d"), of(2, 5, 4, 3, 8)),
         **dict.fromkeys(("t_rl", "t_ru", "t_dl", "t_du"), of(2, 5, 4, 3)),
     },
+    "linear_attention": {"q": of(2, 5, 3, 8), "k": of(2, 5, 3, 8), "v": of(2, 5, 3, 7)},
 }
 # What else may be given, with its shape.
 OTHERS = {
@@ -74,6 +75,7 @@ OTHERS = {
     "fft_conv": {"skip": (8,)},
     "causal_conv1d": {"bias": (8,), "initial_state": (2, 2, 8)},
     "grid_scan": {"initial_left": (2, 4, 3, 8), "initial_top": (2, 5, 3, 8)},
+    "linear_attention": {"log_decay": (2, 5, 3), "initial_state": (2, 3, 8, 7)},
 }
 HALF = {"wx": of(2, 5, 4, 1, 8, dtype=torch.bfloat16), "r": of(4, 1, 8, 8, dtype=torch.bfloat16)}
 
@@ -476,6 +478,35 @@ GRID = [
         {**dict.fromkeys(("x_r", "x_d"), of(2, 0, 4, 3, 8))},
     ),
 ]
+LINEAR_ATTENTION = [
+    ("q: expected 4 dimensions [B, T, H, K], got shape [2, 5, 3]", {"q": of(2, 5, 3)}),
+    ("q: expected float32, float64, bfloat16 or float16, got int64", {"q": of(2, 5, 3, 8, dtype=torch.int64)}),
+    ("q: expected at least 1 head and 1 channel, got shape [2, 5, 0, 8]", {"q": of(2, 5, 0, 8)}),
+    ("q: expected at least 1 head and 1 channel, got shape [2, 5, 3, 0]", {"q": of(2, 5, 3, 0)}),
+    ("k: expected float32, got bfloat16", {"k": of(2, 5, 3, 8, dtype=torch.bfloat16)}),
+    ("k: expected [B, T, H, K] = [2, 5, 3, 8], got [2, 5, 3, 7]", {"k": of(2, 5, 3, 7)}),
+    ("v: expected float32, got float64", {"v": of(2, 5, 3, 7, dtype=torch.float64)}),
+    ("v: expected 4 dimensions [B, T, H, V], got shape [2, 5, 3]", {"v": of(2, 5, 3)}),
+    ("v: expected [B, T, H] = [2, 5, 3] in front, got [2, 4, 3, 7]", {"v": of(2, 4, 3, 7)}),
+    ("v: expected at least 1 channel, got shape [2, 5, 3, 0]", {"v": of(2, 5, 3, 0)}),
+    ("log_decay: expected bfloat16, float16 or float32, got float64", {"log_decay": of(3, dtype=torch.float64)}),
+    *(
+        (
+            "log_decay: expected [H] = [3], [B, T, H] = [2, 5, 3] or [B, T, H, K] = [2, 5, 3, 8], "
+            f"got [{', '.join(map(str, shape))}]",
+            {"log_decay": of(*shape)},
+        )
+        for shape in ((), (2,), (2, 5, 1), (2, 5, 3, 1))
+    ),
+    ("log_decay: expected None where causal is False, got a tensor", {"log_decay": of(3), "causal": False}),
+    ("window: expected None where causal is False, got 3", {"window": 3, "causal": False}),
+    ("window: expected an integer >= 1, got 0", {"window": 0}),
+    ("initial_state: expected None with a window, got a tensor", {"window": 3, "initial_state": of(2, 3, 8, 7)}),
+    ("initial_state: expected [B, H, K, V] = [2, 3, 8, 7], got [2, 3, 7, 8]", {"initial_state": of(2, 3, 7, 8)}),
+    ("initial_state: expected float32, got float64", {"initial_state": of(2, 3, 8, 7, dtype=torch.float64)}),
+    # Of several mistakes the first in the order of the arguments is told.
+    ("k: expected [B, T, H, K] = [2, 5, 3, 8], got [1]", {"k": of(1), "v": of(1), "initial_state": of(1)}),
+]
 MISTAKES = [
     *RNN,
     *(Mistake(op, text, change) for op, text, change in KERNELS),
@@ -487,6 +518,7 @@ MISTAKES = [
     ),
     *(Mistake("fft_conv", text, change) for text, change in FFT_CONV),
     *(Mistake("grid_scan", text, change) for text, change in GRID),
+    *(Mistake("linear_attention", text, change) for text, change in LINEAR_ATTENTION),
     *(Mistake("linear_scan", text, change) for text, change in LINEAR),
     *(Mistake("softmax_scan", text, change) for text, change in SOFTMAX),
     *(Mistake("linear_scan", text, packed(edges), values) for text, edges, values in PACKED),
@@ -587,6 +619,8 @@ def test_devices_must_agree(op: str) -> None:
                 public(op, **arguments(mistake, ours))
     if op in rnn.OPERATORS:
         change = {"lengths": of(2, device="meta")}
+    elif op == "linear_attention":
+        change = {"q": of(1, 5, 3, 8), "k": of(1, 5, 3, 8), "v": of(1, 5, 3, 7), "cu_seqlens": of(2, device="meta")}
     elif op == "causal_conv1d":
         change = {"x": of(1, 5, 8), "cu_seqlens": of(2, device="meta")}
     elif op not in scan.OPERATORS:
@@ -655,12 +689,31 @@ def of_backward(op: str) -> dict[str, Any]:
     if op == "fft_conv_backward":
         dy, u, k = torch.zeros(2, 5, 4, 3), torch.zeros(2, 5, 4), torch.zeros(4, 3, 7)
         return {"dy": dy, "u": u, "k": k, "skip": k[:, 0, 0], "for_u": True, "for_k": True}
+    if op == "linear_attention_backward":
+        q, v, state = torch.zeros(2, 5, 3, 4), torch.zeros(2, 5, 3, 6), torch.zeros(2, 3, 4, 6)
+        tensors = {"grad_o": v, "dfinal_state": state, "q": q, "k": q, "v": v}
+        return tensors | {"log_decay": q, "initial_state": state}
     s, v = torch.zeros(2, 5, 3), torch.zeros(2, 5, 3, 4)
     tensors = {"grad_o": v, "grad_lse": s, "s": s, "v": v, "o": v, "m": s, "u": s + 1}
     return tensors | {"initial_lse": s[:, 0], "initial_out": v[:, 0]}
 
 
 BACKWARD_MISTAKES = [
+    (
+        "linear_attention_backward",
+        {"grad_o": torch.zeros(2, 5, 3, 4)},
+        "grad_o: expected [B, T, H, V] = [2, 5, 3, 6], got [2, 5, 3, 4]",
+    ),
+    (
+        "linear_attention_backward",
+        {"grad_o": torch.zeros(2, 5, 3, 6).double()},
+        "grad_o: expected float32, got float64",
+    ),
+    (
+        "linear_attention_backward",
+        {"dfinal_state": torch.zeros(2, 3, 6, 4)},
+        "dfinal_state: expected [B, H, K, V] = [2, 3, 4, 6], got [2, 3, 6, 4]",
+    ),
     ("linear_scan_backward", {"dh": None, "h": None}, "dh: expected a tensor where h is None, got None"),
     (
         "linear_scan_backward",

@@ -26,11 +26,19 @@ def allowed(file: str) -> set[str]:
             "reference.py": {"torch"},
             "op.py": {"torch", "seqops.core", f"{mine}.cells"},
             "triton.py": {"torch", "seqops.core", "triton", f"{mine}.tiles"}
-            | {f"{mine}.triton_kernels", f"{mine}.triton_tiles", f"{mine}.entries", f"{mine}.cells"},
+            | {f"{mine}.triton_kernels", f"{mine}.triton_blocks", f"{mine}.triton_window"}
+            | {f"{mine}.triton_walks", f"{mine}.triton_configurations"}
+            | {f"{mine}.triton_tiles", f"{mine}.entries", f"{mine}.cells"},
             "triton_tiles.py": {"seqops.tune.csp", f"{mine}.cells"},
             # Kernels too long for one file: what is compiled, and the functions that they are made of.
             "triton_kernels.py": {"triton", f"{mine}.triton_blocks"},
             "triton_blocks.py": {"triton"},
+            "triton_window.py": {"triton", f"{mine}.triton_blocks"},
+            # Launchers too long for one file: one launch, and what can be launched.
+            "triton_walks.py": {"torch", "triton", f"{mine}.tiles"}
+            | {f"{mine}.triton_kernels", f"{mine}.triton_blocks", f"{mine}.triton_window"},
+            "triton_configurations.py": {"torch", f"{mine}.tiles", f"{mine}.triton_walks"}
+            | {f"{mine}.triton_kernels", f"{mine}.triton_blocks", f"{mine}.triton_window"},
             "cuda.py": {"torch", "seqops.core", "cupy", "cupy_backends", "cuda", f"{mine}.tiles"}
             | {f"{mine}.cuda_tiles", f"{mine}.cuda_alternating", f"{mine}.entries", f"{mine}.cells"},
             # What several of them share.

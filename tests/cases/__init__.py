@@ -7,7 +7,7 @@ and the bound its errors must keep. Errors are relative root mean squares agains
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import causal_conv1d, common, conv_ssm, fft_conv, grid_scan, rnn, scan, ssm_kernel
+from . import causal_conv1d, common, conv_ssm, fft_conv, grid_scan, linear_attention, rnn, scan, ssm_kernel
 from .common import (
     LAYOUTS,
     NARROW,
@@ -29,9 +29,8 @@ from .common import (
     same_bits,
 )
 
-ROOMS = {
-    op: room for room in (rnn, scan, conv_ssm, ssm_kernel, causal_conv1d, fft_conv, grid_scan) for op in room.OPERATORS
-}
+TABLES = (rnn, scan, grid_scan, linear_attention, causal_conv1d, fft_conv, ssm_kernel, conv_ssm)
+ROOMS = {op: table for table in TABLES for op in table.OPERATORS}
 OPERATORS = tuple(ROOMS)
 CASES: dict[str, list[Case]] = {op: room.table(op) for op, room in ROOMS.items()}
 
@@ -59,6 +58,7 @@ __all__ = [
     "grid_scan",
     "in_double",
     "in_float64",
+    "linear_attention",
     "only",
     "pairwise",
     "params",
