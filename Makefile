@@ -16,7 +16,7 @@ EXTENSION := seqops/_C.abi3.so
 SCHEDULES ?= 4 5 6 7 8 9 10 11 12
 # Regimes of the kernels whose blocks share a head, and tests of the rooms that have CUDA kernels.
 REGIMES ?= block cluster grid
-SIMULATED := tests/test_scan.py tests/test_rnn.py
+SIMULATED := tests/test_scan.py tests/test_rnn.py tests/test_causal_conv1d.py
 SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help

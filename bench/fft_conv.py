@@ -150,7 +150,7 @@ def make_case(
         flops={mode: shape.count_flops(mode) for mode in modes},
         bytes={mode: shape.count_bytes(mode) for mode in modes},
         modes=modes,
-        goals=goals or {},
+        goals={(peer, mode): goal for (peer, mode), goal in (goals or {}).items() if mode in modes},
         devices=devices,
         yardsticks={} if shape.N else {(SAME_BYTES, FORWARD): partial(build_same_bytes, shape)},
         absent=absent or {},
