@@ -39,7 +39,7 @@ class Kind(NamedTuple):
         if size == 8 or single:
             return (Shape(16, 32, 16 if size == 8 else 32, 4, True),)
         if size == 4:
-            return (Shape(16, 32, 32, 4),)
+            return (Shape(16, 32, 16, 4),)
         if self.channel or not self.aligned:
             return (Shape(16, 64, 32, 4),)
         return Shape(64, 64, 32, 8, architectures=(80, 90, 100)), Shape(16, 64, 32, 4)
