@@ -12,17 +12,18 @@ from ..tune import csp
 from .tiles import TRITON_SIZES, overlapping
 
 ROWS, WIDTHS = (1, 2, 4, 8, 32), (8, 32, 64)
-ELEMENTS = 64  # of a block, for each warp: with twice as many, what is read ahead takes more than 255 registers
+ELEMENTS = 64  # of a block, for each warp: twice as many take more than 255 registers a thread
 SHAPES = tuple((rows, width) for rows in ROWS for width in WIDTHS if rows * width in (ELEMENTS, 4 * ELEMENTS))
 
 
-def depth(dtype: str) -> int:
-    """Steps that a lane reads ahead: of doubles fewer, which take twice the registers."""
-    return 2 if dtype == "float64" else 4
+def depth(gates: bool) -> int:
+    """Steps that a lane reads ahead, as many as registers hold: a step is seven values, ten with gradients of gates."""
+    return 2 if gates else 4
 
 
-def warps(rows: int, width: int) -> int:
-    return rows * width // ELEMENTS
+def warps(rows: int, width: int, dtype: str) -> int:
+    """Of a program; doubles take twice the registers, and are spread over twice the threads."""
+    return rows * width // ELEMENTS * (2 if dtype == "float64" else 1)
 
 
 def problem_in_triton(device: Any, key: Any) -> csp.Problem:
@@ -41,7 +42,7 @@ def problem_in_triton(device: Any, key: Any) -> csp.Problem:
     waves = csp.ceildiv(programs * rows * width, resident * ELEMENTS)
     steps = strips * (Y + rows - 1)
     # Where a strip has several rows, its lanes hand on through shared memory or shuffles.
-    step_us = 2 * device.memory_latency_us / depth(key.dtype) + csp.where(
+    step_us = 2 * device.memory_latency_us / depth(backward) + csp.where(
         rows == 1, 0, device.sync_cycles * 1e-3 / device.clock_ghz
     )
     nodes = heads * X * Y

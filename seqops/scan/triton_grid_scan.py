@@ -38,10 +38,6 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def depth_of(dtype: torch.dtype) -> int:
-    return tiles.depth(str(dtype).removeprefix("torch."))
-
-
 @lru_cache(maxsize=4096)
 def key_of(walk: str, dtype: torch.dtype, heads: int, X: int, Y: int, D: int) -> choose.Key:
     """All sizes are rounded up to a power of two, so that few choices exist. heads: of all batch rows."""
@@ -63,7 +59,7 @@ def shape_of(walk: str, x: Tensor) -> dict[str, int]:
 
 def options(shape: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
     """Of the compiler."""
-    warps = tiles.warps(shape["BX"], shape["BD"])
+    warps = tiles.warps(shape["BX"], shape["BD"], str(dtype).removeprefix("torch."))
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True, "maxnreg": 255}
 
 
@@ -110,7 +106,7 @@ def common_arguments(
     sizes = dict(zip("XYHD", x.shape[1:], strict=True))
     flags = {"flip_x": int(flip_x), "flip_y": int(flip_y), "ru_rows": rows(x, ru), "dl_rows": rows(x, dl)}
     strides = {f"stride_{name}_{letter}": t.stride(i) for name, t in (("x", x), ("t", rl)) for i, letter in LETTERS}
-    return {**named, **sizes, **flags, **strides, "DEPTH": depth_of(x.dtype), **shape}
+    return {**named, **sizes, **flags, **strides, **shape}
 
 
 LETTERS = tuple(enumerate("bxyh"))
@@ -148,6 +144,7 @@ def grid_scan(
         "p_r": r,
         "p_d": d,
         "top_rows": rows(x_r, top),
+        "DEPTH": tiles.depth(False),
         **common_arguments(x_r, gates_of(x_r, t_rl, t_ru, t_dl, t_du), flip_x, flip_y, shape),
     }
     launch(kernels.grid_scan_forward, x_r, B * H * -(-D // shape["BD"]), arguments, options(shape, x_r.dtype))
@@ -207,6 +204,7 @@ def grid_scan_backward(
             "dr_rows": rows(like, dr),
             "dd_rows": rows(like, dd),
             "GATES": wants_gates,
+            "DEPTH": tiles.depth(wants_gates),
             **common_arguments(first, gates_of(first, *given), flip_x, flip_y, shape),
         }
         launch(kernels.grid_scan_backward, like, B * H * tiles_of_d, arguments, options(shape, like.dtype))
@@ -223,9 +221,7 @@ def add_parts(part: Tensor, total: Tensor) -> None:
     """total [B, X, Y, H] is the sum of part [tiles, B, X, Y, H]."""
     if total.numel():
         arguments = {"p_part": part, "p_gradient": total, "nodes": total.numel(), "tiles": len(part), "BLOCK": SUMMED}
-        launch(
-            kernels.grid_scan_gates, total, -(-total.numel() // SUMMED), arguments, {"num_warps": 4, "num_stages": 1}
-        )
+        launch(kernels.grid_scan_gates, total, -(-total.numel() // SUMMED), arguments, OF_SUMS)
 
 
 # ---- what may be launched, for compilation without a device
@@ -237,14 +233,14 @@ def configurations() -> Iterator[dict[str, Any]]:
     """As in triton.py: kernel, types of its run-time arguments, constants, options."""
     for (x, gate), (rows, width) in itertools.product(PAIRS, tiles.SHAPES):
         state, shape = state_dtype(x), {"BX": rows, "BD": width}
-        constants = {"DEPTH": depth_of(x), **shape}
         read = {"p_rl": gate, "p_ru": gate, "p_dl": gate, "p_du": gate}
         forward = {"p_x_r": x, "p_x_d": x, "p_r": x, "p_d": x, **read}
+        constants = {"DEPTH": tiles.depth(False), **shape}
         yield configuration(kernels.grid_scan_forward, constants, state, forward, options(shape, x))
         backward = {**dict.fromkeys(("p_dr", "p_dd", "p_r", "p_d", "p_dx_r", "p_dx_d"), x), **read}
         for wants_gates, written in ((False, gate), *((True, dtype) for dtype in dict.fromkeys((gate, state)))):
             pointers = backward | dict.fromkeys(("p_drl", "p_dru", "p_ddl", "p_ddu"), written)
-            named = {"GATES": wants_gates, **constants}
+            named = {"GATES": wants_gates, "DEPTH": tiles.depth(wants_gates), **shape}
             yield configuration(kernels.grid_scan_backward, named, state, pointers, options(shape, x))
     for gate in TYPES:
         state = state_dtype(gate)
