@@ -41,3 +41,24 @@ def run_python() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+IN_RUNG = """
+import sys, pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture
+def run_rung(run_python: Callable[..., str]) -> Callable[..., str]:
+    """Runs the tests of a file that have a mark again in a process of their own: on another backend or instruction set.
+
+    Every one of them must pass, and none be skipped.
+    """
+
+    def run(file: str, mark: str, *arguments: str, **environment: str) -> str:
+        output = run_python(IN_RUNG, "-m", f"{mark} and not slow and not gpu", *arguments, file, **environment)
+        assert " passed" in output and " skipped" not in output, output
+        return output
+
+    return run

@@ -368,11 +368,6 @@ RUNGS = {
     "interpreter": {"SEQOPS_BACKEND": "triton", "TRITON_INTERPRET": "1"},
 }
 
-IN_RUNG = """
-import sys, pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *sys.argv[1:]]))
-"""
-
 
 def missing(rung: str) -> str | None:
     """What this machine lacks for the rung."""
@@ -390,14 +385,13 @@ SELDOM = ("avx512", "avx512_bf16")
 @pytest.mark.parametrize(
     "rung", [pytest.param(rung, marks=[pytest.mark.slow] if rung in SELDOM else []) for rung in RUNGS]
 )
-def test_rung(rung: str, run_python: Callable[..., str]) -> None:
+def test_rung(rung: str, run_rung: Callable[..., str]) -> None:
     """All marked tests of this file in a process of their own. Above five seconds, since it is a whole rung."""
     reason = missing(rung)
     if reason:
         pytest.skip(reason)
     mark = "tiny" if rung.startswith("interpreter") else "small"
-    output = run_python(IN_RUNG, "-m", f"{mark} and not slow and not gpu", __file__, **RUNGS[rung])
-    assert " passed" in output and " skipped" not in output, output
+    run_rung(__file__, mark, **RUNGS[rung])
 
 
 # ---------------------------------------------------------------- GPU

@@ -391,23 +391,17 @@ RUNGS = {
     "simulator": {"SEQOPS_BACKEND": "cuda", "SEQOPS_SIMULATE": "1"},
     "interpreter": {"SEQOPS_BACKEND": "triton", "TRITON_INTERPRET": "1"},
 }
-IN_RUNG = """
-import sys, pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *sys.argv[1:]]))
-"""
 
 
 @pytest.mark.parametrize("rung", RUNGS)
-def test_rung(rung: str, run_python: Callable[..., str]) -> None:
+def test_rung(rung: str, run_rung: Callable[..., str]) -> None:
     """All marked cases in a process of their own: linear_scan in CUDA, and the joined kernel in Triton."""
     if rung == "interpreter" and find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if rung == "simulator" and shutil.which("g++") is None:
         pytest.skip("the simulator compiles with g++")
     mark = "tiny" if rung == "interpreter" else "small"
-    chosen = f"{mark} and not slow and not gpu"
-    output = run_python(IN_RUNG, "-k", "test_values_and_gradients", "-m", chosen, __file__, **RUNGS[rung])
-    assert " passed" in output and " skipped" not in output, output
+    run_rung(__file__, mark, "-k", "test_values_and_gradients", **RUNGS[rung])
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

@@ -1,6 +1,7 @@
 """Values, gradients and behaviour of linear_attention on the CPU; Triton: test_linear_attention_triton.py."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -285,3 +286,12 @@ def test_any_shape(gaps: bool, **shape: Any) -> None:
     exact = cases.exact_results(case, inputs, cotangents)
     exact.pop("dlog_decay", None)  # may be nothing but a difference of equal sums
     cases.assert_within(cases.evaluate(case.operator, inputs, cotangents), exact, 1e-11)
+
+
+# ---------------------------------------------------------------- instruction sets
+
+
+# avx512_bf16 adds a product of pairs, which is not used here; the whole file runs with it where the machine has it.
+@pytest.mark.parametrize("isa", ["baseline", "avx2", pytest.param("avx512", marks=pytest.mark.slow)])
+def test_instruction_sets(isa: str, run_rung: Callable[..., str]) -> None:
+    run_rung(__file__, "small", SEQOPS_CPU_ISA=isa)

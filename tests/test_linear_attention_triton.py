@@ -153,18 +153,11 @@ def test_two_runs_are_bit_equal() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-IN_RUNG = """
-import sys, pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
-"""
-
-
 @needs_triton
-def test_rung(run_python: Callable[..., str]) -> None:
+def test_rung(run_rung: Callable[..., str]) -> None:
     """All tests of this file that are marked tiny, in a process of their own. Above five seconds for that reason."""
     environment = {"SEQOPS_BACKEND": "triton", "TRITON_INTERPRET": "1"}
-    output = run_python(IN_RUNG, "-m", "tiny and not slow", __file__, **environment)
-    assert " passed" in output and " skipped" not in output, output
+    run_rung(__file__, "tiny", **environment)
 
 
 # ---- what is launched

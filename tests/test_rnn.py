@@ -611,19 +611,19 @@ RUNGS = {
     for seed in (1, 2, 3)
 }
 
-IN_RUNG = """
-import sys, pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *sys.argv[1:]]))
-"""
+
+# In every run each regime in one schedule, and all three schedules.
+EVERYDAY = ("block-1", "cluster-2", "grid-3")
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_rung(rung: str, run_python: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    "rung", [pytest.param(rung, marks=() if rung in EVERYDAY else pytest.mark.slow) for rung in RUNGS]
+)
+def test_rung(rung: str, run_rung: Callable[..., str]) -> None:
     """All tests of this file that are marked small, in a process of their own. Above five seconds for that reason."""
     if shutil.which("g++") is None:
         pytest.skip("the simulator compiles with g++")
-    output = run_python(IN_RUNG, "-m", "small and not slow and not gpu", __file__, **RUNGS[rung])
-    assert " passed" in output and " skipped" not in output, output
+    run_rung(__file__, "small", **RUNGS[rung])
 
 
 # Regime, pass, file, what it says after the words that come before it, and what it says instead.
