@@ -104,6 +104,15 @@ def gates_of(p_g, b_t, m_t, o_c, m_c, stride_g_t, STATE: tl.constexpr, DECAY: tl
 
 
 @triton.jit
+def sum_on(x, REVERSE: tl.constexpr):
+    """Running sums over steps, from the first or from the last; of a single column as a vector, which 3.6 needs."""
+    if x.shape[1] == 1:
+        return tl.cumsum(tl.sum(x, axis=1), axis=0, reverse=REVERSE)[:, None]
+    else:
+        return tl.cumsum(x, axis=0, reverse=REVERSE)
+
+
+@triton.jit
 def step_pairs(b_g, b_place, REVERSE: tl.constexpr):
     """[BT, 1] -> [BT, BT]: the weight of pair (own, other); 0 where a reset lies between, or the other comes later.
 

@@ -48,6 +48,7 @@ from .triton_blocks import (
     operand,
     place,
     step_pairs,
+    sum_on,
     weigh,
 )
 
@@ -154,7 +155,7 @@ def linear_attention_walk(
     m_state = m_k[:, None] & m_v[None, :]
     b_s = tl.load(p_carry + o_carry, mask=m_state & (nil[:, None] + i_carry < carry_rows), other=0.0)
     # 0 while all is finite, else NaN.
-    wrong = tl.zeros((BT,), STATE) + tl.sum(tl.sum(b_s * 0, axis=1), axis=0)
+    wrong = tl.zeros((BT,), STATE) + tl.sum(b_s * 0)
     if DECAY == INNER:
         b_mass = tl.zeros((1, BK), STATE)
     elif DECAY == OUTER:
@@ -196,8 +197,8 @@ def linear_attention_walk(
                 b_wrong += tl.sum(tl.where(b_g == -INF, 0.0, b_g * 0), axis=1)
             wrong += b_wrong
         if DECAY != NONE:
-            b_head = tl.cumsum(b_g, axis=0)
-            b_tail = tl.cumsum(b_next, axis=0, reverse=True)
+            b_head = sum_on(b_g, False)
+            b_tail = sum_on(b_next, True)
             b_total = tl.sum(b_g, axis=0, keep_dims=True)
             b_mass += b_total
             if REVERSE:
@@ -337,7 +338,7 @@ def linear_attention_walk(
             tl.store(c_o + o_o, narrow(b_o, p_o.dtype.element_ty), mask=m_o)
 
     if EXACT == 0:
-        wrong += tl.sum(tl.sum(b_s * 0, axis=1), axis=0)
+        wrong += tl.sum(b_s * 0)
         tl.store(p_wrong + pid, (tl.sum(wrong, axis=0) != 0).to(tl.int32))
     # New masks: those from before the loop would have taken registers throughout.
     stored_rows = tl.where(i_row < last_rows * stored, 1, 0)

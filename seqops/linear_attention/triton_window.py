@@ -27,6 +27,7 @@ from .triton_blocks import (
     narrow,
     operand,
     place,
+    sum_on,
     weigh,
 )
 
@@ -148,14 +149,14 @@ def linear_attention_across(
             m_far_next = (b_place + 1 < far_count) & (i_r + 1 < BT)
             if REVERSE:
                 b_lead = gates_of(p_g, b_t + 1, m_next, o_c, m_c, stride_g_t, STATE, DECAY)
-                b_own = tl.cumsum(b_lead, axis=0, reverse=True)
+                b_own = sum_on(b_lead, True)
                 b_lag = gates_of(p_g, b_u, m_u, o_c, m_c, stride_g_t, STATE, DECAY)
-                b_far = tl.cumsum(b_lag, axis=0)
+                b_far = sum_on(b_lag, False)
             else:
                 b_lead = gates_of(p_g, b_t, m_t, o_c, m_c, stride_g_t, STATE, DECAY)
-                b_own = tl.cumsum(b_lead, axis=0)
+                b_own = sum_on(b_lead, False)
                 b_lag = gates_of(p_g, b_u + 1, m_far_next, o_c, m_c, stride_g_t, STATE, DECAY)
-                b_far = tl.cumsum(b_lag, axis=0, reverse=True)
+                b_far = sum_on(b_lag, True)
             if DECAY == STEP:
                 o_reach = (i_row * chunks + chunk) * heads + i_h + tl.zeros((1, 1), tl.int64)
                 b_reach = tl.load(p_reach + o_reach)
@@ -227,5 +228,5 @@ def linear_attention_across(
                 tl.store(p_e + o_o, b_o * b_x, mask=m_o)
         tl.store(p_o + o_o, narrow(b_o, p_o.dtype.element_ty), mask=m_o)
     if EXACT == 0:
-        wrong += tl.sum(tl.sum(b_s * 0, axis=1), axis=0)
+        wrong += tl.sum(b_s * 0)
         tl.store(p_wrong + pid, (tl.sum(wrong, axis=0) != 0).to(tl.int32))
