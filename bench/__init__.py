@@ -1,7 +1,7 @@
 """The benchmark: every operator beside what it replaces, in one process, with values checked before anything is timed.
 
     python -m bench                    the whole suite; the table, then bench/results/latest.json and latest.html
-    python -m bench --quick            fewer rounds, under four minutes
+    python -m bench --quick            fewer rounds
     python -m bench --op gru --list    which cases there are
     python -m bench --device cuda      the cases that run on a GPU, by each backend there
     pytest bench -k "gru and D768"     the same suite through pytest-benchmark's own options

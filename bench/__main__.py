@@ -123,7 +123,7 @@ def list_cases(cases: list[harness.Case]) -> None:
     callback=lambda context, option, value: parse_kernels(value),
     help="Only what needs no other kernel, e.g. lstm:cuda:forward; may be given several times.",
 )
-@click.option("--quick", is_flag=True, help="Fewer rounds: under four minutes.")
+@click.option("--quick", is_flag=True, help="Fewer rounds.")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the results."
 )

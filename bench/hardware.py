@@ -167,6 +167,10 @@ def find_sources(operator: str, backend: str, room: str, root: Path = ROOT) -> l
 
     package = root / "seqops" / room
     files = [*package.glob(f"{backend}*.py"), package / "tiles.py"]
+    for composed in package.glob(f"composed_{operator}.py"):  # made of other operators, whose kernels are its own
+        parts = {name for name in re.findall(r"\bops\.(\w+)", composed.read_text()) if name in seqops.__all__}
+        rooms = {name: getattr(seqops, name).__module__.split(".")[1] for name in parts}
+        files += [composed, *(root / each for name in parts for each in find_sources(name, backend, rooms[name], root))]
     if backend == "cuda":
         others = tuple(name for name in seqops.__all__ if name != operator)
         kernels = [path for path in (root / "csrc" / room).glob("*.cu") if not path.stem.startswith(others)]

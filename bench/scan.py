@@ -22,7 +22,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from bench import grid_scan
 from bench.harness import BACKWARD, FORWARD, INFERENCE, OURS, REFERENCE, TRAINING, Case, Contender
 
 SAME_BYTES = "same bytes"
@@ -351,4 +350,4 @@ GPU_CASES = [
     ),
 ]
 
-CASES = [*CPU_CASES, *GPU_CASES, *grid_scan.CASES]
+CASES = [*CPU_CASES, *GPU_CASES]

@@ -393,7 +393,8 @@ RUNGS = {
 }
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+# linear_scan's kernels, which are all of the simulator's, have rungs of their own in every run.
+@pytest.mark.parametrize("rung", [pytest.param("simulator", marks=pytest.mark.slow), "interpreter"])
 def test_rung(rung: str, run_rung: Callable[..., str]) -> None:
     """All marked cases in a process of their own: linear_scan in CUDA, and the joined kernel in Triton."""
     if rung == "interpreter" and find_spec("triton") is None:

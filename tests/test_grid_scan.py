@@ -537,13 +537,13 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 def test_memory_beyond_the_outputs(run_python: Callable[..., str]) -> None:
-    """Peak of the process: some rows of the grid, the gates' gradients, and rounding to huge pages."""
+    """Peak of the process: some rows of the grid, the gates' gradients (1 MiB), and two outputs that huge pages round."""
     lines = run_python(PEAK).split("begin\n")[1].splitlines()
     assert len(lines) == 8
     for line in lines:
         peak, outputs, *name = line.split(",")
         assert int(peak) >= int(outputs) * 0.9, f"{name}: nothing was measured"
-        assert int(peak) <= int(outputs) + 4 * 2**20, f"{name}: {int(peak) / 2**20:.1f} MiB"
+        assert int(peak) <= int(outputs) + 5 * 2**20, f"{name}: {int(peak) / 2**20:.1f} MiB"
 
 
 # ---------------------------------------------------------------- other backends, other instruction sets

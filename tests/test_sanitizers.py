@@ -37,6 +37,7 @@ def runtime(compiler: str, library: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow  # compiling everything anew takes three minutes
 @pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' runtime is preloaded the Linux way")
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(run_python: Callable[..., str], tmp_path: Path) -> None:
     compiler = os.environ.get("CXX", "g++")

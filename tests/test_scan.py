@@ -923,7 +923,11 @@ def missing(rung: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+# The whole file runs with the last of the instruction sets; other ways of the interpreter differ in tiles.
+SELDOM = ("avx512", "avx512_bf16", "interpreter-tiles")
+
+
+@pytest.mark.parametrize("rung", [pytest.param(r, marks=[pytest.mark.slow] if r in SELDOM else []) for r in RUNGS])
 def test_rung(rung: str, run_python: Callable[..., str]) -> None:
     """All marked tests of this file in a process of their own. Above five seconds, since it is a whole rung."""
     reason = missing(rung)
