@@ -188,7 +188,7 @@ def make_case(
         bytes={mode: shape.count_bytes(mode) for mode in modes},
         modes=modes,
         goals={(LOOP, mode): 20 for mode in (FORWARD, TRAINING) if mode in modes} if goals is None else goals,
-        check_steps=check_steps,
+        check_steps=check_steps if check_steps and check_steps < shape.X else None,
         devices=devices,
         yardsticks={(SAME_BYTES, mode): partial(build_same_bytes, shape, mode) for mode in modes if mode != INFERENCE},
     )

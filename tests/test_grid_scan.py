@@ -537,7 +537,7 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 def test_memory_beyond_the_outputs(run_python: Callable[..., str]) -> None:
-    """Peak of the process: some rows of the grid, the gates' gradients (1 MiB), and two outputs that huge pages round."""
+    """Peak of the process: some rows of the grid, gradients of gates, and two outputs that huge pages round."""
     lines = run_python(PEAK).split("begin\n")[1].splitlines()
     assert len(lines) == 8
     for line in lines:

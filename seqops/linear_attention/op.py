@@ -253,7 +253,7 @@ def register_operator(
     register.register_vmap(operator, vmap(operator))
     backend.register_elsewhere(operator)
     backend.provide(name, "cpu", part_of=part_of)
-    backend.provide_module(name, __package__, check=check, part_of=part_of)
+    backend.provide_module(name, __package__, check=check, part_of=part_of, backends=("triton",))
     return operator
 
 
