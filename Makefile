@@ -102,7 +102,7 @@ $(READY): requirements.txt pyproject.toml | $(RUN)
 
 # The first time pip compiles and installs; later only what changed in csrc is compiled again.
 $(EXTENSION): $(READY) setup.py $(SOURCES)
-	@echo "compiling the extension (a minute or two the first time; log in build/build.log)"
+	@echo "compiling the extension (some minutes the first time; log in build/build.log)"
 	@mkdir -p build
 	@if [ -e $(INSTALLED) ]; then \
 		$(RUN) setup.py build_ext --inplace; \
