@@ -450,8 +450,8 @@ def linear_attention_decay(
         for j in tl.static_range(DEPTH):
             t = count - 1 - i * DEPTH - j
             m_t = m_c & (o_c * 0 + t >= 0)
-            queue_e = queue_e + (tl.load(p_e + o_first + t * size, mask=m_t, other=0.0),)  # noqa: RUF005
-            queue_g = queue_g + (tl.load(p_g + (begin + t) * stride_g_t, mask=m_t, other=0.0).to(STATE),)  # noqa: RUF005
+            queue_e = queue_e + (tl.load(p_e + o_first + t * size, mask=m_t, other=0.0),)  # noqa: RUF005  no starred items
+            queue_g = queue_g + (tl.load(p_g + (begin + t) * stride_g_t, mask=m_t, other=0.0).to(STATE),)  # noqa: RUF005  no starred items
         for j in tl.static_range(DEPTH):
             t = count - 1 - i * DEPTH - j
             m_t = m_c & (o_c * 0 + t >= 0)

@@ -256,7 +256,7 @@ def grid_scan(
     r, d = {}, {}  # node -> [B, H, D]
     for x in reversed(range(X)) if flip_x else range(X):
         for y in reversed(range(Y)) if flip_y else range(Y):
-            l = r.get((x + 1 if flip_x else x - 1, y), left[:, y])  # noqa: E741
+            l = r.get((x + 1 if flip_x else x - 1, y), left[:, y])  # noqa: E741  the formula's letter
             u = d.get((x, y + 1 if flip_y else y - 1), top[:, x])
             at = slice(None), x, y
             r[x, y] = term(rl, at, l) + term(ru, at, u) + x_r[at]

@@ -72,8 +72,8 @@ def conv_ssm_march(
     M,
     pixels,  # Y X
     T,
-    I,  # noqa: E741
-    O,  # noqa: E741
+    I,  # noqa: E741  channels in, channels out
+    O,  # noqa: E741  channels in, channels out
     P,
     parts,  # 2 NP, which the compiler must not know: it would load the weights of all parts of a state at once
     initial_rows,
