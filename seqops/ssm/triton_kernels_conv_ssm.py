@@ -72,8 +72,8 @@ def conv_ssm_march(
     M,
     pixels,  # Y X
     T,
-    I,  # noqa: E741  channels in, channels out
-    O,  # noqa: E741  channels in, channels out
+    I,  # channels in  # noqa: E741
+    O,  # channels out  # noqa: E741
     P,
     parts,  # 2 NP, which the compiler must not know: it would load the weights of all parts of a state at once
     initial_rows,
