@@ -109,7 +109,7 @@ def test_clusters_where_there_are_clusters(preset: str) -> None:
     gpu = device.find(preset)
     seen = set()
     for key in keys()[::5]:
-        solutions = cuda_tiles.problem(gpu, key).solutions(limit=4, distinct=("exchange", "blocks"))
+        solutions = cuda_tiles.problem(gpu, key).solutions(limit=4, distinct=("exchange", "blocks"), seconds=math.inf)
         for chosen in solutions:
             assert_possible(gpu, key, chosen)
             seen.add(chosen["exchange"])
@@ -121,7 +121,7 @@ def test_the_tables_hold_what_the_layout_says() -> None:
     """The problem's own numbers, for the best few of some keys, on two devices."""
     for gpu, key in itertools.product([device.find("h200"), device.find("l4")], keys()[::7]):
         problem = cuda_tiles.problem(gpu, key)
-        for chosen in problem.solutions(limit=4, distinct=("exchange", "blocks", "tiles")):
+        for chosen in problem.solutions(limit=4, distinct=("exchange", "blocks", "tiles"), seconds=math.inf):
             layout, values = cuda_tiles.Layout(cuda_tiles.Pass.of(key), chosen), problem.values(chosen)
             assert values["shared"] == layout.shared_bytes()
             assert values["threads"] == layout.threads
@@ -150,7 +150,7 @@ def test_the_solver_proves_what_the_search_found(op: str, direction: str) -> Non
 def test_nothing_worth_while_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """With all shapes in the problem the answer is the same."""
     some = [key for key in keys() if key["D"] in (64, 768)][::5]
-    narrowed = [cuda_tiles.problem(device.find("h200"), key).solve() for key in some]
+    narrowed = [cuda_tiles.problem(device.find("h200"), key).solve(seconds=math.inf) for key in some]
     monkeypatch.setattr(cuda_tiles, "WORTH", math.inf)
     assert [cuda_tiles.problem(device.find("h200"), key).solve(seconds=math.inf) for key in some] == narrowed
 
@@ -229,7 +229,7 @@ def test_step_by_step_where_products_cost() -> None:
     assert not cuda_tiles.fused(l4, key_of("gru", "backward", "float32", 1024, batch=512))
     key = key_of("lstm", "forward", "bfloat16", 256)
     problem = cuda_tiles.problem(h200, key)
-    assert problem.values(problem.solve())["step by step"] == cuda_tiles.stepwise_us(h200, key)
+    assert problem.values(problem.solve(seconds=math.inf))["step by step"] == cuda_tiles.stepwise_us(h200, key)
 
 
 def test_more_of_anything_costs_no_more() -> None:

@@ -3,6 +3,7 @@
 import compileall
 import ctypes
 import itertools
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -75,7 +76,7 @@ def test_every_plan_gives_the_reference_and_the_same_bits(
     target, sizes = TARGETS[op, direction], dict(zip(("heads", "dim", "batch", "time"), shape, strict=True))
     example = target.example(sizes, dtype, "cpu")
     expected, first = example.expected(), None
-    plans = [*problem(op, direction, dtype, 3, **sizes).solutions(limit=1000)]
+    plans = [*problem(op, direction, dtype, 3, **sizes).solutions(limit=1000, seconds=math.inf)]
     assert len(plans) >= 3
     for plan in plans:
         with choose.forced(target.tunable.name, plan):
@@ -94,7 +95,7 @@ def test_there_is_a_plan_for_everything(op: str, direction: str, threads: int, i
     for (B, T), D, dtype in itertools.product([(1, 1), (3, 9), (100, 1000)], [1, 64, 770], ["float32", "bfloat16"]):
         shape = {"heads": 3, "dim": D, "batch": B, "time": T}
         key = target.key(shape, dtype, host)
-        plan = tiles.problem(host, key).solve()
+        plan = tiles.problem(host, key).solve(seconds=math.inf)
         assert plan is not None and plan["workers"] <= threads and plan["row_blocks"] <= B
         assert set(plan) == set(tiles.VARIABLES)
 
@@ -107,7 +108,7 @@ def test_the_cost_follows_the_machine() -> None:
 
     def cost(**changes: float) -> float:
         p = tiles.problem(replace(host, **changes), key)
-        return p.cost(p.solve())
+        return p.cost(p.solve(seconds=math.inf))
 
     for name in ("clock_ghz", "fma_per_cycle", "l2_bandwidth", "l3_bandwidth", "l2_bytes"):
         assert cost(**{name: 4 * getattr(host, name)}) <= cost()
@@ -141,7 +142,10 @@ def test_edges() -> None:
 def test_every_plan_of_a_bucket_serves_its_smallest_member(op: str, direction: str) -> None:
     for batch, smallest in ((3, 3), (20, 17), (40, 33), (1000, 257)):
         p = problem(op, direction, "float32", 300, heads=1, dim=16, batch=batch, time=20)
-        assert max(plan["row_blocks"] for plan in p.solutions(limit=10_000, distinct=("row_blocks",))) <= smallest
+        assert (
+            max(plan["row_blocks"] for plan in p.solutions(limit=10_000, distinct=("row_blocks",), seconds=math.inf))
+            <= smallest
+        )
 
 
 def test_calls_of_a_bucket_share_an_answer(asked: Asked) -> None:

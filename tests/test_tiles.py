@@ -7,6 +7,7 @@ Rooms are found by name: every CUDA target of `seqops/<room>/tune.py` names keys
 """
 
 import importlib.util
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -69,7 +70,7 @@ def compiled_parameters() -> Iterator[Any]:
 def test_choice_compiles_as_predicted(target: Target, key: choose.Key, device: devices.Device) -> None:
     """No spills; registers at most those of the model and close to them; shared memory exactly."""
     problem = target.tunable.problem(device, key)
-    solution = problem.solve()
+    solution = problem.solve(seconds=math.inf)
     assert solution is not None, problem.explain()
     predicted = problem.values(solution)
     report = target.compile(device, key, solution)
@@ -88,7 +89,7 @@ def test_choice_is_resident(preset: str) -> None:
     device = devices.find(preset)
     for target, key in [*keys()][:: 7 + PRESETS.index(preset)]:
         problem = target.tunable.problem(device, key)
-        solution = problem.solve()
+        solution = problem.solve(seconds=math.inf)
         assert solution is not None, problem.explain()
         assert problem.statistics.optimal and problem.statistics.nodes < 1000
         predicted = problem.values(solution)
@@ -106,7 +107,7 @@ def test_better_devices_cost_no_more(better: str) -> None:
         costs = []
         for each in (device, improved):
             problem = target.tunable.problem(each, key)
-            solution = problem.solve()
+            solution = problem.solve(seconds=math.inf)
             assert solution is not None
             costs.append(problem.cost(solution))
         assert costs[1] <= costs[0], key
@@ -117,7 +118,7 @@ def test_impossible_devices_are_explained() -> None:
     device = replace(devices.find("a100"), registers_per_processor=1024)
     target, key = next(keys())
     problem = target.tunable.problem(device, key)
-    assert problem.solve() is None
+    assert problem.solve(seconds=math.inf) is None
     assert "registers fit" in problem.explain()
 
 
@@ -141,7 +142,7 @@ def test_default_shapes(target: Target) -> None:
         for machine in machines:
             key = target.key(shape, dtype, machine)
             problem = target.tunable.problem(machine, key)
-            solution = problem.solve()
+            solution = problem.solve(seconds=math.inf)
             assert solution is not None, problem.explain()
             assert problem.check(solution) is None
             assert problem.cost(solution) > 0
@@ -151,7 +152,7 @@ def test_default_shapes(target: Target) -> None:
 
 
 SIMULATED = """
-import contextlib, sys, torch
+import contextlib, math, sys, torch
 from seqops.core import choose
 from seqops.scan import tune
 from seqops.tune import device
@@ -166,7 +167,7 @@ for shape in shapes:
             for target in found:
                 key = target.key({**shape, **large}, dtype, None)
                 problem = target.tunable.problem(device.find(preset), key)
-                stack.enter_context(choose.forced(target.tunable.name, problem.solve()))
+                stack.enter_context(choose.forced(target.tunable.name, problem.solve(seconds=math.inf)))
             example = found[0].example(shape, dtype, "cpu")
             for value, expected in zip(example.run(), example.expected(), strict=True):
                 torch.testing.assert_close(
@@ -203,7 +204,7 @@ def test_largest_sizes_have_a_choice(target: Target) -> None:
     key = next(iter([*target.keys()]))
     sizes = [size if size.relation == "=" else choose.Size(size.name, 1 << 18, ">131072") for size in key.sizes]
     problem = target.tunable.problem(devices.find("l4"), key._replace(sizes=tuple(sizes)))
-    assert problem.solve() is not None
+    assert problem.solve(seconds=math.inf) is not None
 
 
 def test_packed_sequences_count_as_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
