@@ -11,6 +11,21 @@ if find_spec("seqops._C") is None:
     )
 
 from . import _C, nn  # noqa: F401  _C registers torch.ops.seqops
+from .attention import (
+    block_diffusion_attention,
+    chunked_attention,
+    cluster_assign,
+    combiner_attention,
+    delta_attention,
+    gathered_attention,
+    merge_attention,
+    pointer_scores,
+    prob_sparse_attention,
+    range_attention,
+    routing_attention,
+    update_centroids,
+    window_attention,
+)
 from .conv import causal_conv1d, fft_conv
 from .core.backend import backend, read_environment
 from .linear_attention import linear_attention
@@ -23,18 +38,31 @@ read_environment()
 __version__ = "0.1.0"
 __all__ = [
     "backend",
+    "block_diffusion_attention",
     "cauchy_kernel",
     "causal_conv1d",
+    "chunked_attention",
+    "cluster_assign",
+    "combiner_attention",
     "conv_ssm",
+    "delta_attention",
     "elman",
     "fft_conv",
+    "gathered_attention",
     "grid_scan",
     "gru",
     "linear_attention",
     "linear_scan",
     "lstm",
+    "merge_attention",
     "nn",
+    "prob_sparse_attention",
+    "range_attention",
+    "routing_attention",
+    "pointer_scores",
     "slstm",
     "softmax_scan",
     "ssm_kernel",
+    "update_centroids",
+    "window_attention",
 ]

@@ -21,8 +21,9 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import seqops
 from bench import __main__ as command
-from bench import cuda, harness, memory, record, report, rnn, rnn_contenders, suite, tables
+from bench import attention_peers, cuda, harness, memory, record, report, rnn, rnn_contenders, suite, tables
 from bench.harness import BACKWARD, FORWARD, INFERENCE, OURS, REFERENCE, TRAINING
 from seqops.core import backend, launch
 
@@ -734,6 +735,32 @@ def test_contenders_compute_the_same(case: harness.Case) -> None:
     for name in (OURS, *case.peers):
         errors = harness.compare(harness.evaluate(case, name, mode, steps), expected)
         assert all(error < bound for error in errors.values()), (name, errors)
+
+
+def is_attention(op: str) -> bool:
+    return getattr(getattr(seqops, op, None), "__module__", "").startswith("seqops.attention.")
+
+
+ATTENTION = [case for case in harness.load_cases() if is_attention(case.op) and harness.CPU in case.devices]
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name.replace(" ", "-"))
+def test_contenders_of_attention_compute_the_same(case: harness.Case) -> None:
+    """On as many steps as make more than one of each pattern's pieces; some peers take whole blocks of 128."""
+    steps, bound = min(512, case.steps), 1e-5 if case.dtype == torch.float32 else 5e-2
+    mode = TRAINING if TRAINING in case.modes else case.modes[0]
+    expected = harness.evaluate(case, REFERENCE, mode, steps)
+    for name in (OURS, *case.peers):
+        errors = harness.compare(harness.evaluate(case, name, mode, steps), expected)
+        assert all(error < bound for error in errors.values()), (name, errors)
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name.replace(" ", "-"))
+def test_operations_of_attention_are_those_of_its_mask(case: harness.Case) -> None:
+    build = case.builders[REFERENCE]
+    if build.func is attention_peers.build_dense:
+        shape, mask = build.args[:2]
+        assert case.flops[FORWARD] == 4 * shape.B * shape.H * shape.D * int(mask(shape.T, "cpu").sum())
 
 
 # --- the recurrent networks on a GPU, in small and on the CPU: ours in the simulator

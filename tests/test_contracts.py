@@ -4,7 +4,8 @@ import inspect
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,8 +32,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import seqops
 from seqops.core import backend as backends
 
+COMPOSITES = [op for op in cases.OPERATORS if op in backends._made_of]
+OWN_KERNELS = [op for op in cases.OPERATORS if op not in COMPOSITES]
+ATTENTION = [op for op in cases.OPERATORS if getattr(seqops, op).__module__.startswith("seqops.attention.")]
+# What they return is an index, or comes with the promise that it has no gradient.
+WITHOUT_GRADIENT = [op for op in ATTENTION if op in ("cluster_assign", "update_centroids")]
+WITH_GRADIENT = [op for op in cases.OPERATORS if op not in WITHOUT_GRADIENT]
 SECOND = "seqops::{}: second derivatives are not supported; seqops.backend('reference') computes them"
 FORWARD = "seqops::{} has no forward-mode derivative; use reverse mode (torch.func.grad, vjp, jacrev)"
+
+
+def kernels_of(op: str) -> set[str]:
+    """The operator, or, of one that is made of others, those that have kernels."""
+    return set().union(*map(kernels_of, backends._made_of[op])) if op in COMPOSITES else {op}
+
+
+def refusers(op: str) -> set[str]:
+    """Which operators may be named where a derivative is refused."""
+    return {op} | kernels_of(op)
+
+
+def gpu_backend(op: str) -> str:
+    """The first GPU backend that there is for an operator."""
+    return next(name for name in backends.GPU_BACKENDS if backends._exists(op, name))
 
 
 def registered() -> set[str]:
@@ -46,12 +68,13 @@ def with_options(*choices: tuple[str, dict[str, Any]]) -> list[Any]:
     return [pytest.param(op, options, id="-".join([op, *map(str, options.items())])) for op, options in choices]
 
 
-def every(operators: tuple[str, ...], *options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def every(operators: Sequence[str], *options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [*itertools.product(operators, options)]
 
 
 PACKED = {"B": 1, "T": 7, "packed": True}
 REVERSED = {"reverse": True}
+CAUSAL = (("causal", True),)
 
 
 def reversed_if_possible(op: str) -> dict[str, Any]:
@@ -78,6 +101,23 @@ VARIANTS = with_options(
         {"decay": "none", "window": 2},
     ),
     *every(linear_attention.OPERATORS, {"decay": "none", "causal": False, "states": "none"}),
+    *every(("chunked_attention",), {}, {"bias": "distance", "options": CAUSAL}, {"chunk_size": 2, **PACKED}),
+    *every(("range_attention",), {}, {"bias": "square", "Tk": None}, {"S": 4, "parts": 2, "each": "both"}),
+    *every(("window_attention",), {}, {"right": 0, "globals": None}, {"right": 0, "globals": (0, 2), **PACKED}),
+    *every(("block_diffusion_attention",), {"T": 6, "block_size": 2}),
+    *every(("delta_attention",), {}, {"options": (("sink", 1), ("mode", "row"))}),
+    *every(("merge_attention",), {}),
+    *every(
+        ("combiner_attention",),
+        {},
+        {"T": 7, "pattern": "logsparse", "pool": "mean", "causal": False},
+        {"T": 5, "pattern": "axial"},
+        {"T": 5, "pattern": "axial", "pool": "mean", "causal": False},
+    ),
+    *every(("prob_sparse_attention",), {}, {"options": CAUSAL}),
+    *every(("gathered_attention",), {}, {"options": (("reduce", "sum"), *CAUSAL)}, {"options": (("reduce", "last"),)}),
+    *every(("routing_attention",), {}, {"options": (("causal", False),)}),
+    *every(("pointer_scores",), {}, {"mode": "clipped_dot", "weight": "none", "lengths": True}),
 )
 
 
@@ -112,6 +152,12 @@ def checked_cases() -> list[Any]:
         native = case.T == 9 and case.states == "storage"
         return native or case.B * case.T == 0 or (case.T == 20 and case.packed) or (case.T == 5 and len(case.gate) == 1)
 
+    def of_attention(case: Any) -> bool:
+        """Of every operator one call, and one without steps: what it is made of has its own cases."""
+        first = next(each for each in cases.CASES[case.op] if "small" in each.marks)
+        empty = next(each for each in cases.CASES[case.op] if each.T == 0 < each.B)
+        return str(case) in (str(first), str(empty))
+
     def of_grid(case: grid_scan.Case) -> bool:
         return (case.states == "storage" and case.gate_dtype == torch.float32) or case.T == 0 or len(case.without) == 2
 
@@ -126,6 +172,7 @@ def checked_cases() -> list[Any]:
         *params("tiny", where=lambda case: case.layout == "contiguous", operators=causal_conv1d.OPERATORS),
         *params("small", where=of_grid, operators=grid_scan.OPERATORS),
         *params("tiny", where=lambda case: case.layout == "contiguous", operators=linear_attention.OPERATORS),
+        *params("small", where=of_attention, operators=ATTENTION),
     ]
 
 
@@ -145,13 +192,31 @@ def test_opcheck(case: Case) -> None:
         torch.library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
 
+@cache
+def called_by(op: str) -> frozenset[str]:
+    """The registered operators that run in an example; of what is made of others, in its small cases too."""
+    some = [example(op)]
+    if op in COMPOSITES:
+        some += [case for case in cases.CASES[op] if "small" in case.marks and case.B * case.T]
+    return frozenset(overload.name().split(".")[0] for case in some for overload, _, _ in recorded(case))
+
+
 def test_every_operator_has_cases() -> None:
     assert {*backends.table()} == {*cases.OPERATORS}
     for op, reasons in backends.table().items():
         assert {*reasons} == {*backends.BACKENDS}, op
         assert reasons["cpu"] is None and reasons["reference"] is None
-    called = {op.name().split(".")[0] for op_name in cases.OPERATORS for op, _, _ in recorded(example(op_name))}
+    called = {f"seqops::{op}" for op in COMPOSITES}.union(*map(called_by, cases.OPERATORS))
     assert called | {"seqops::project"} == registered()  # a module's operator, in test_projection.py
+
+
+@pytest.mark.parametrize("op", COMPOSITES)
+def test_parts_are_those_that_run(op: str) -> None:
+    """All of them do, and what runs has the backends that the operator then claims."""
+    ran = {name.removeprefix("seqops::") for name in called_by(op)}
+    assert kernels_of(op) <= ran | {name.removesuffix("_backward") for name in ran}
+    for name in ("cpu", *backends.GPU_BACKENDS):
+        assert not backends._exists(op, name) or {each for each in ran if name not in backends._served[each]} == set()
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
@@ -184,13 +249,20 @@ def gradient_case(op: str, **options: Any) -> tuple[Case, dict[str, Any], dict[s
         with torch.no_grad():  # finite differences of NaN are NaN
             inputs["wx"].nan_to_num_(0.0)
     leaves = cases.differentiable(inputs)
-    return case, inputs, leaves, lambda *values: case.operator(**(inputs | dict(zip(leaves, values, strict=True))))
+
+    def call(*values: Tensor) -> tuple[Tensor, ...]:
+        """Outputs in double precision, since finite differences of others are their rounding errors; none of -inf."""
+        outputs = case.operator(**(inputs | dict(zip(leaves, values, strict=True))))
+        outputs = tuple(output for output in outputs if output.dtype in (torch.float64, torch.complex128))
+        return tuple(o.masked_fill(o.isinf(), 0.0) for o in outputs) if op in ATTENTION else outputs
+
+    return case, inputs, leaves, call
 
 
 @pytest.mark.parametrize(
     ("op", "options"),
     with_options(
-        *every(cases.OPERATORS, {}, {"T": 1, "reverse": True}),
+        *every(WITH_GRADIENT, {}, {"T": 1, "reverse": True}),
         *every(rnn.OPERATORS, {"lengths": True, "reverse": True}, {"grad_clip": 1e6}, {"bias": False, "D": 1}),
         *every(scan.OPERATORS, {"states": "none", "reverse": True}, PACKED),
         *every(causal_conv1d.OPERATORS, {"silu": False, "state": False, "bias": False}, PACKED),
@@ -208,24 +280,24 @@ def test_gradcheck_relu() -> None:
     assert torch.autograd.gradcheck(call, (*leaves.values(),), check_batched_grad=True)
 
 
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", WITH_GRADIENT)
 def test_second_derivative_is_refused(op: str) -> None:
     _, _, leaves, call = gradient_case(op)
     gradients = torch.autograd.grad(
-        call(*leaves.values())[0].abs().square().sum(), [*leaves.values()], create_graph=True
+        call(*leaves.values())[0].abs().square().sum(), [*leaves.values()], create_graph=True, allow_unused=True
     )
     for gradient in gradients:
-        if gradient.requires_grad:
+        if gradient is not None and gradient.requires_grad:  # centroids have none
             with pytest.raises(RuntimeError) as caught:
                 torch.autograd.grad(gradient.abs().square().sum(), next(iter(leaves.values())), retain_graph=True)
-            assert str(caught.value) == SECOND.format(op)
+            assert str(caught.value) in {SECOND.format(name) for name in refusers(op)}
     assert gradients[0].requires_grad
     with pytest.raises(RuntimeError) as caught:
         torch.autograd.gradgradcheck(call, (*leaves.values(),))
-    assert str(caught.value) == SECOND.format(op)
+    assert str(caught.value) in {SECOND.format(name) for name in refusers(op)}
 
 
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", WITH_GRADIENT)
 def test_second_derivative_in_the_reference(op: str) -> None:
     """As the refusal says."""
     _, _, leaves, call = gradient_case(op, B=2, T=2)
@@ -233,34 +305,40 @@ def test_second_derivative_in_the_reference(op: str) -> None:
         assert torch.autograd.gradgradcheck(call, (*leaves.values(),))
 
 
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", WITH_GRADIENT)
 def test_forward_mode_is_refused(op: str) -> None:
     _, _, leaves, call = gradient_case(op)
     values = tuple(value.detach() for value in leaves.values())
     with pytest.raises(NotImplementedError) as caught:
         torch.func.jvp(call, values, values)
-    assert str(caught.value) == FORWARD.format(op)
+    assert str(caught.value) in {FORWARD.format(name) for name in refusers(op)}
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError) as caught:
         call(torch.autograd.forward_ad.make_dual(values[0], values[0]), *values[1:])
-    assert str(caught.value) == FORWARD.format(op)
+    assert str(caught.value) in {FORWARD.format(name) for name in refusers(op)}
 
 
 # ---------------------------------------------------------------- torch.func
 
 
-def by_position(op: str, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """The function, to which tensors that have a name alone are given after the others, in the order of the schema."""
-    arguments = getattr(torch.ops.seqops, op).default._schema.arguments
-    named = [argument.name for argument in arguments if argument.kwarg_only]
-    first = len(arguments) - len(named)
-    return lambda *values, **options: function(*values[:first], **dict(zip(named, values[first:])), **options)  # noqa: B905
+def of_leaves(case: Case, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The function, to which the tensors that the case differentiates by are given by position."""
+    names = [*cases.differentiable(case.inputs())]
+    return lambda *values, **options: function(**dict(zip(names, values, strict=True)), **options)
+
+
+def others(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that have no gradient: integers, options, index tensors."""
+    leaves = cases.differentiable(inputs)
+    return {name: value for name, value in inputs.items() if name not in leaves}
 
 
 def loss_of(function: Callable[..., tuple[Tensor, ...]], options: dict[str, Any]) -> Callable[..., Tensor]:
     """A scalar of every output, of the positional tensors."""
 
     def parts(output: Tensor) -> Tensor:
-        return torch.view_as_real(output) if output.is_complex() else output
+        if output.is_complex():
+            return torch.view_as_real(output)
+        return output.masked_fill(output == -torch.inf, 0.0)  # lse where nothing is seen
 
     return lambda *values: sum(parts(output).sin().sum() for output in as_tuple(function)(*values, **options))
 
@@ -310,50 +388,53 @@ def take(values: tuple[Tensor, ...], index: int) -> tuple[Tensor, ...]:
     return tuple(value[index] for value in values)
 
 
-def drawn(op: str, **options: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """The tensors of a float64 case, and the rest of its arguments."""
+def drawn(op: str, **options: Any) -> tuple[Case, tuple[Tensor, ...], dict[str, Any]]:
+    """A float64 case, its tensors, and the rest of its arguments."""
     case = example(op, **({"T": 3, "dtype": torch.float64} | options))
     inputs = case.inputs()
     leaves = cases.differentiable(inputs)
-    rest = {name: value for name, value in inputs.items() if name not in leaves}
-    return tuple(value.detach().nan_to_num(0.0) for value in leaves.values()), rest
+    return case, tuple(value.detach().nan_to_num(0.0) for value in leaves.values()), others(inputs)
+
+
+def precision(case: Case) -> dict[str, float]:
+    """How near two computations of one result are: some operators have an output in float32 in every case."""
+    narrow = torch.float32 in case.output_dtypes
+    return {"rtol": 1e-5, "atol": 1e-6} if narrow else {"rtol": 1e-10, "atol": 1e-12}
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(("op", "options"), VARIANTS)
 def test_function_transforms(op: str, options: dict[str, Any], transform: str) -> None:
     """As the same transform of the reference."""
-    tensors, rest = drawn(op, **options)
+    case, tensors, rest = drawn(op, **options)
     # Three different copies to map over.
     values = tuple(torch.stack([v, v.flip(0) * 0.7, v + 0.1]) for v in tensors)
-    got = TRANSFORMS[transform](loss_of(by_position(op, getattr(seqops, op)), rest), values)
-    expected = TRANSFORMS[transform](loss_of(by_position(op, example(op).reference), rest), values)
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    got = TRANSFORMS[transform](loss_of(of_leaves(case, getattr(seqops, op)), rest), values)
+    expected = TRANSFORMS[transform](loss_of(of_leaves(case, case.reference), rest), values)
+    torch.testing.assert_close(got, expected, **precision(case))
 
 
 @pytest.mark.parametrize("op", [*scan.OPERATORS, *causal_conv1d.OPERATORS])
 def test_vmap_over_packed_sequences_that_differ(op: str) -> None:
-    (first, second, *_), rest = drawn(op, **PACKED)
+    _, (first, second, *_), rest = drawn(op, **PACKED)
     edges = torch.stack([rest["cu_seqlens"], torch.tensor([0, 2, 4, 5, 5, 6, 7, 7]).to(rest["cu_seqlens"])])
     got = torch.vmap(lambda one: getattr(seqops, op)(first, second, cu_seqlens=one))(edges)
     expected = [example(op).reference(first, second, cu_seqlens=one) for one in edges]
     torch.testing.assert_close(got, tuple(torch.stack(column) for column in zip(*expected, strict=True)))
 
 
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", WITH_GRADIENT)
 def test_transform_inside_ordinary_autograd(op: str) -> None:
     """The value that grad_and_value returns keeps the outer graph."""
-    _, inputs, leaves, _ = gradient_case(op)
-    values = tuple(leaves.values())
-    # Of ssm_kernel the length; other examples have no options that these would change.
-    rest = {name: value for name, value in inputs.items() if name == "length"}
+    case, inputs, leaves, _ = gradient_case(op)
+    values, rest = tuple(leaves.values()), others(inputs)
 
     def outer(function: Callable[..., tuple[Tensor, ...]]) -> Tensor:
         value = torch.func.grad_and_value(loss_of(function, rest))(values[0].detach(), *values[1:])[1]
         return torch.autograd.grad(value, values[1])[0]
 
-    got, expected = (outer(by_position(op, f)) for f in (getattr(seqops, op), example(op).reference))
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    got, expected = (outer(of_leaves(case, f)) for f in (getattr(seqops, op), case.reference))
+    torch.testing.assert_close(got, expected, **precision(case))
 
 
 # ---------------------------------------------------------------- compile, export
@@ -366,6 +447,20 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+def is_index(value: Any) -> bool:
+    return torch.is_tensor(value) and value.dtype == torch.int32 and value.ndim < 5  # not the ranges of a pattern
+
+
+def gradients_of(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Of the outputs that have a gradient; some operators return an index as well."""
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    # Some arguments have no gradient at all, as centroids have none.
+    options = {"retain_graph": retain_graph, "materialize_grads": True}
+    return torch.autograd.grad([o for o, _ in pairs], leaves, [c for _, c in pairs], **options)
+
+
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
     """One graph, no break, and not compiled again for another batch or length; forward and gradients.
@@ -373,24 +468,27 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
     Torch itself treats sizes of 0 and 1 apart, and the gradient of r has one of T - 1.
     """
     options = reversed_if_possible(op) | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
-    call = as_tuple(by_position(op, getattr(torch.ops.seqops, op)))
+    call = of_leaves(example(op), as_tuple(getattr(torch.ops.seqops, op)))
 
-    def step(*values: Tensor, **sizes: int) -> tuple[Tensor, ...]:
-        outputs = call(*values, **options, **sizes)
+    def step(*values: Tensor, **rest: Any) -> tuple[Tensor, ...]:
+        outputs = call(*values, **(rest | options))
         return tuple(output * 2 for output in outputs)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for first, (B, T) in zip((True, False, False, False), ((7, 5), (4, 9), (9, 3), (2, 33)), strict=True):
+    for first, (B, T) in zip((True, False, False, False), ((17, 13), (4, 9), (9, 7), (2, 33)), strict=True):
         case = example(op, B=B, T=T)  # in the first call all sizes differ: equal ones would be taken for one
         inputs = case.inputs()
-        leaves = tuple(cases.differentiable(inputs).values())
-        sizes = {name: value for name, value in inputs.items() if name == "length"}
+        leaves, rest = tuple(cases.differentiable(inputs).values()), others(inputs)
+        rest |= {name: value.long() for name, value in rest.items() if is_index(value)}  # some cases draw the dtype
         with torch._dynamo.config.patch(error_on_recompile=not first):
-            got = compiled(*leaves, **sizes)
-        expected = step(*leaves, **sizes)
+            got = compiled(*leaves, **rest)
+        expected = step(*leaves, **rest)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        if op in WITHOUT_GRADIENT:
+            assert not any(output.requires_grad for output in (*got, *expected))
+            continue
         cotangents = case.cotangents(expected)
-        gradients = [torch.autograd.grad(outputs, leaves, cotangents) for outputs in (got, expected)]
+        gradients = [gradients_of(outputs, leaves, cotangents) for outputs in (got, expected)]
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -425,16 +523,18 @@ def test_compile_the_public_function(op: str, options: dict[str, Any], fresh_com
 
 @pytest.mark.parametrize("op", ["lstm", *scan.OPERATORS, *causal_conv1d.OPERATORS, *grid_scan.OPERATORS])
 def test_compile_of_transforms(op: str, fresh_compiler: None) -> None:
-    values, _ = drawn(op)
+    case, values, rest = drawn(op)
     mapped = tuple(torch.stack([v, v * 0.7]) for v in values)
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, backend="aot_eager")
 
-    ours, theirs = (loss_of(by_position(op, f), {}) for f in (getattr(seqops, op), example(op).reference))
-    torch.testing.assert_close(compiled(torch.func.grad(ours))(*values), torch.func.grad(theirs)(*values))
+    ours, theirs = (loss_of(of_leaves(case, f), rest) for f in (getattr(seqops, op), case.reference))
+    torch.testing.assert_close(
+        compiled(torch.func.grad(ours))(*values), torch.func.grad(theirs)(*values), **precision(case)
+    )
     got = compiled(torch.vmap(torch.func.grad(ours)))(*mapped)
-    torch.testing.assert_close(got, torch.vmap(torch.func.grad(theirs))(*mapped))
+    torch.testing.assert_close(got, torch.vmap(torch.func.grad(theirs))(*mapped), **precision(case))
 
 
 INDUCTOR = """
@@ -459,21 +559,19 @@ def test_first_call_of_a_process_is_compiled(run_python: Callable[..., str]) -> 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_export_with_dynamic_batch_and_time(op: str) -> None:
-    recurrent = op in rnn.OPERATORS
-    options = {"lengths": True, "states": False} if recurrent else {}
-    last = ("lengths",) if recurrent else ()
-    call = as_tuple(by_position(op, getattr(torch.ops.seqops, op)))
+    options = {"lengths": True, "states": False} if op in rnn.OPERATORS else {}
+    given = example(op, B=3, T=5, **options).inputs()
+    names = [name for name, value in given.items() if torch.is_tensor(value)]
+    plain = {name: value for name, value in given.items() if name not in names} | reversed_if_possible(op)
+    call = as_tuple(getattr(torch.ops.seqops, op))
 
     class Module(torch.nn.Module):
         def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-            named = dict(zip(reversed(last), reversed(values), strict=False))
-            named |= reversed_if_possible(op) | ({"length": 11} if op == "ssm_kernel" else {})
-            return call(*values[: len(values) - len(last)], **named)
+            return call(**dict(zip(names, values, strict=True)), **plain)
 
     def arguments(B: int, T: int) -> tuple[Tensor, ...]:
         inputs = example(op, B=B, T=T, **options).inputs()
-        named = [inputs.pop(name) for name in last]
-        return (*(value.detach() for value in cases.differentiable(inputs).values()), *named)
+        return tuple(inputs[name].detach() for name in names)
 
     batch, time = torch.export.Dim("batch", min=2), torch.export.Dim("time", min=2)
     sequence, row = {0: batch, 1: time}, {0: batch}
@@ -486,10 +584,23 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
         "fft_conv": (sequence, None, None),
         "grid_scan": (sequence,) * 6 + (row, sequence),
         "linear_attention": (sequence, sequence, sequence, sequence, row),
+        "block_diffusion_attention": ({0: batch, 1: 2 * torch.export.Dim("half", min=1)},) * 3,
+        "chunked_attention": (sequence, sequence, sequence),
+        "delta_attention": (sequence, sequence, sequence),
+        "merge_attention": (sequence, {0: batch, 2: time}) * 2,
+        "window_attention": (sequence, sequence, sequence, None),
+        "range_attention": (sequence, row, row, {4: time}),
+        "combiner_attention": ({0: batch, 1: torch.export.Dim("time", min=3)},) * 3,  # with 2, there is no span
+        "prob_sparse_attention": (sequence, sequence, sequence, {0: time}),
+        "cluster_assign": (sequence, None),
+        "update_centroids": (None, sequence, sequence),
+        "gathered_attention": (sequence, sequence, sequence, row, row),
+        "routing_attention": (sequence, sequence, sequence, None),
+        "pointer_scores": (sequence, row, None),
     }.get(op, (sequence, None, None, row))
     exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=(dynamic,))
     assert [str(n.target) for n in exported.graph.nodes if "seqops" in str(n.target)] == [f"seqops.{op}.default"]
-    for B, T in ((3, 5), (2, 9), (7, 2)):
+    for B, T in ((3, 5), (2, 9), (7, 6)):
         inputs = arguments(B, T)
         got, expected = exported.module()(*inputs), Module()(*inputs)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -533,7 +644,32 @@ def test_autocast_casts_no_scan(op: str, dtype: torch.dtype) -> None:
         cases.assert_same_bits(cases.evaluate(case.operator, inputs, cotangents), expected)
 
 
-@pytest.mark.parametrize("op", rnn.OPERATORS)
+@pytest.mark.parametrize("op", [op for op in ATTENTION if op in WITH_GRADIENT])
+def test_autocast_of_attention(op: str) -> None:
+    """What the products multiply takes the autocast dtype, lse stays in float32, gradients have the inputs' dtype."""
+    case, narrow = example(op), example(op, dtype=torch.bfloat16)
+    inputs = case.inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = case.operator(**inputs)
+    assert [output.dtype for output in outputs] == narrow.output_dtypes
+    cast = {name for name, value in narrow.inputs().items() if name in inputs and is_narrow(value)}
+    cast -= {"weight", "centroids", "bias"}  # parameters may be float32 beside 16 bits
+    direct = {n: v.detach().bfloat16().requires_grad_() if n in cast else v for n, v in inputs.items()}
+    expected = case.operator(**direct)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    cotangents = case.cotangents(outputs)
+    leaves = [cases.differentiable(given).values() for given in (inputs, direct)]
+    got, exact = (gradients_of(o, [*ls], cotangents) for o, ls in zip((outputs, expected), leaves, strict=True))
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(got, exact, strict=True))
+    with torch.autocast("cpu", enabled=False):
+        assert case.operator(**inputs)[0].dtype == torch.float32
+
+
+def is_narrow(value: Any) -> bool:
+    return torch.is_tensor(value) and value.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("op", [*rnn.OPERATORS, *(op for op in ATTENTION if op in WITH_GRADIENT)])
 def test_autocast_around_the_backward(op: str) -> None:
     """A forward in float32 has its gradients in float32, wherever the backward is called."""
     case = example(op)
@@ -541,9 +677,9 @@ def test_autocast_around_the_backward(op: str) -> None:
     leaves = cases.differentiable(inputs)
     outputs = case.operator(**inputs)
     cotangents = case.cotangents(outputs)
-    expected = torch.autograd.grad(outputs, [*leaves.values()], cotangents, retain_graph=True)
+    expected = gradients_of(outputs, [*leaves.values()], cotangents, retain_graph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = torch.autograd.grad(outputs, [*leaves.values()], cotangents)
+        got = gradients_of(outputs, [*leaves.values()], cotangents)
         assert torch.is_autocast_enabled("cpu")
     for name, a, b in zip(leaves, got, expected, strict=True):
         assert cases.same_bits(a, b), name
@@ -555,7 +691,8 @@ def test_autocast_leaves_float64_alone(op: str) -> None:
     inputs = case.inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = case.operator(**inputs)
-    assert outputs[0].dtype == case.output_dtypes[0] and outputs[0].real.dtype == torch.float64
+    assert [output.dtype for output in outputs] == case.output_dtypes
+    assert op in WITHOUT_GRADIENT or outputs[0].real.dtype == torch.float64
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
@@ -569,7 +706,17 @@ def test_inference_mode(op: str) -> None:
     assert all(output.is_inference() and not output.requires_grad for output in got)
 
 
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", ATTENTION)
+def test_training_after_inference_mode(op: str) -> None:
+    """What an operator keeps of a call in inference mode serves a gradient too."""
+    case = example(op, B=2, T=23)  # sizes that no other test has
+    inputs = case.inputs()
+    with torch.inference_mode():
+        case.operator(**inputs)
+    cases.evaluate(case.operator, inputs, case.cotangents)
+
+
+@pytest.mark.parametrize("op", WITH_GRADIENT)
 def test_activation_checkpointing(op: str) -> None:
     case = example(op)
     inputs = case.inputs()
@@ -616,7 +763,7 @@ def test_forced_reference(op: str, mode: str, reference_calls: list[int]) -> Non
     inputs = case.inputs()
     expected = case.reference(**inputs)
     cotangents = case.cotangents(expected)
-    gradients = cases.evaluate(case.reference, inputs, cotangents)
+    gradients = cases.evaluate(case.reference, inputs, cotangents) if op in WITH_GRADIENT else {}
     assert not reference_calls
     context = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
     assert backends.current() is None
@@ -625,7 +772,7 @@ def test_forced_reference(op: str, mode: str, reference_calls: list[int]) -> Non
         got = case.operator(**inputs)
         assert len(reference_calls) == 1
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-        if mode == "grad":
+        if mode == "grad" and op in WITH_GRADIENT:
             cases.assert_same_bits(cases.evaluate(case.operator, inputs, cotangents), gradients)
     assert backends.current() is None
     del reference_calls[:]
@@ -678,7 +825,13 @@ def test_forced_cpu_is_the_default(op: str, reference_calls: list[int]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["grad", "inference_mode"])
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, public, name in backends.kernels() if op == public])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        *((op, name) for op, public, name in backends.kernels() if op == public),
+        *((op, name) for op in COMPOSITES for name in backends.GPU_BACKENDS),
+    ],
+)
 def test_forced_backend_that_cannot_serve_says_why(
     op: str, name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -693,7 +846,7 @@ def test_forced_backend_that_cannot_serve_says_why(
     text = str(caught.value)
     assert text.startswith(f"seqops::{op}: backend '{name}' cannot serve this call: {reason}; backends that exist: ref")
     variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
-    exist = [each for each in ("triton", "cuda") if (op, op, each) in backends.kernels()]
+    exist = [each for each in ("triton", "cuda") if backends._exists(op, each)]
     assert (variable if name in exist else f"no {name} kernel in this release") in reason
     assert text.endswith(f"backends that exist: reference, cpu, {', '.join(exist)}")
 
@@ -709,7 +862,7 @@ def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this key has kernels")
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", OWN_KERNELS)
 def test_without_a_gpu_its_key_says_why(op: str) -> None:
     inputs = example(op).inputs()
     with pytest.raises(RuntimeError) as caught:
@@ -729,7 +882,7 @@ def test_without_a_gpu_its_key_says_why(op: str) -> None:
 WITHOUT_CUPY = """
 import importlib.util, sys, types, cases, torch, seqops
 from seqops.core import backend
-from test_contracts import on_cuda_key
+from test_contracts import OWN_KERNELS, on_cuda_key
 
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "cupy_backends" else found(name, *rest)
@@ -743,9 +896,9 @@ class Module(types.ModuleType):
             raise LookupError(f"{self.__name__}.{name}")
         return serve
 
-for room in ("rnn", "scan", "ssm", "conv", "linear_attention"):
+for room in ("rnn", "scan", "ssm", "conv", "linear_attention", "attention"):
     sys.modules[f"seqops.{room}.triton"] = Module(f"seqops.{room}.triton")
-for op in cases.OPERATORS:
+for op in OWN_KERNELS:
     try:
         on_cuda_key(op, cases.example(op).inputs())
     except (LookupError, RuntimeError) as error:
@@ -758,7 +911,7 @@ def test_without_cupy(triton: str, run_python: Callable[..., str]) -> None:
     """Triton serves CUDA tensors, where it has kernels; else the error says what to install."""
     output = run_python(WITHOUT_CUPY, triton, PYTHONPATH=os.path.dirname(__file__))
     said = dict(line.split(" -> ", 1) for line in output.splitlines())
-    assert set(said) == set(cases.OPERATORS)
+    assert set(said) == set(OWN_KERNELS)
     has_triton = {op for op, _, name in backends.kernels() if name == "triton"}
     for op, text in said.items():
         if triton == "with" and op in has_triton and find_spec("triton") is not None:
@@ -780,7 +933,7 @@ def test_reference_on_the_cuda_key(op: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, case.reference(**inputs), strict=True))
 
 
-@pytest.mark.parametrize("op", cases.OPERATORS)
+@pytest.mark.parametrize("op", WITH_GRADIENT)
 def test_backward_keeps_the_forced_backend(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward's, where the backward runs in another thread, as it does on GPUs, and after the block has ended."""
 
@@ -788,23 +941,27 @@ def test_backward_keeps_the_forced_backend(op: str, monkeypatch: pytest.MonkeyPa
         with backends.resume(None):
             return getattr(torch.ops.seqops, name)(*args, **options)
 
-    name = next(name for _, public, name in backends.kernels() if op == public)
-    variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
-    monkeypatch.setenv(variable, "1")
     monkeypatch.setenv("SEQOPS_SIMULATE", "1")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    name = "cuda" if "cuda" in backends._served[op] else "triton"
+    name = gpu_backend(op)
     calls = counted(monkeypatch, name, native)
     case = example(op)
     inputs = case.inputs()
     with seqops.backend(name):
         outputs = case.operator(**inputs)
-    assert len(calls) == 1
+    forward = len(calls)
+    assert forward == 1 or (op in COMPOSITES and forward)
     leaves = [*cases.differentiable(inputs).values()]
-    thread = threading.Thread(target=lambda: torch.autograd.backward(outputs, case.cotangents(outputs), inputs=leaves))
+
+    def backward() -> None:
+        for leaf, gradient in zip(leaves, gradients_of(outputs, leaves, case.cotangents(outputs)), strict=True):
+            leaf.grad = gradient
+
+    thread = threading.Thread(target=backward)
     thread.start()
     thread.join()
-    assert len(calls) == 2 and calls[1] != calls[0]
+    assert len(calls) == 2 or (op in COMPOSITES and len(calls) > forward)
+    assert not {*calls[:forward]} & {*calls[forward:]}
     assert all(leaf.grad is not None for leaf in leaves)
 
 

@@ -63,6 +63,45 @@ GOOD = {
         **dict.fromkeys(("t_rl", "t_ru", "t_dl", "t_du"), of(2, 5, 4, 3)),
     },
     "linear_attention": {"q": of(2, 5, 3, 8), "k": of(2, 5, 3, 8), "v": of(2, 5, 3, 7)},
+    "chunked_attention": {"q": of(2, 5, 6, 8), "k": of(2, 5, 3, 8), "v": of(2, 5, 3, 8), "chunk_size": 3},
+    "range_attention": {
+        **{
+            "q": of(2, 5, 6, 8),
+            "k": of(2, 4, 3, 8),
+            "v": of(2, 4, 3, 8),
+            "ranges": of(1, 6, 3, 2, 5, dtype=torch.int32),
+        },
+        **{"k2": of(2, 7, 3, 8), "v2": of(2, 7, 3, 8), "ranges2": of(2, 1, 1, 2, 5, dtype=torch.int32)},
+    },
+    "window_attention": {"q": of(2, 5, 6, 8), "k": of(2, 5, 3, 8), "v": of(2, 5, 3, 8), "left": 2, "right": 1},
+    "block_diffusion_attention": {"q": of(2, 6, 6, 8), "k": of(2, 6, 3, 8), "v": of(2, 6, 3, 8), "block_size": 2},
+    "combiner_attention": {"q": of(2, 5, 6, 8), "k": of(2, 5, 3, 8), "v": of(2, 5, 3, 8), "block_size": 2},
+    "delta_attention": {
+        **{"q": of(2, 5, 6, 8), "k": of(2, 5, 3, 8), "v": of(2, 5, 3, 8)},
+        **{"threshold": 0.5, "window": 2},
+    },
+    "gathered_attention": {
+        **{"q": of(2, 5, 6, 8), "k": of(2, 5, 3, 8), "v": of(2, 5, 3, 8)},
+        **{"q_index": of(2, 6, 4, 3, dtype=torch.int64), "k_index": of(2, 6, 4, 5, dtype=torch.int32)},
+    },
+    "routing_attention": {
+        **{"q": of(2, 5, 6, 8), "k": of(2, 5, 3, 8), "v": of(2, 5, 3, 8)},
+        **{"centroids": of(6, 4, 8), "size": 3},
+    },
+    "cluster_assign": {"x": of(2, 5, 6, 8), "centroids": of(6, 4, 8), "size": 3},
+    "update_centroids": {
+        **{"x": of(2, 5, 6, 8), "centroids": of(6, 4, 8)},
+        "nearest": of(2, 5, 6, dtype=torch.int32),
+    },
+    "merge_attention": {
+        **dict.fromkeys(("o1", "o2"), of(2, 5, 3, 8)),
+        **dict.fromkeys(("lse1", "lse2"), of(2, 3, 5)),
+    },
+    "prob_sparse_attention": {
+        **{"q": of(2, 5, 6, 8), "k": of(2, 5, 3, 8), "v": of(2, 5, 3, 8)},
+        **{"sample_index": of(5, 4, dtype=torch.int64), "top": 2},
+    },
+    "pointer_scores": {"query": of(2, 5, 8), "key": of(2, 4, 8), "weight": of(8)},
 }
 # What else may be given, with its shape.
 OTHERS = {
@@ -76,7 +115,37 @@ OTHERS = {
     "causal_conv1d": {"bias": (8,), "initial_state": (2, 2, 8)},
     "grid_scan": {"initial_left": (2, 4, 3, 8), "initial_top": (2, 5, 3, 8)},
     "linear_attention": {"log_decay": (2, 5, 3), "initial_state": (2, 3, 8, 7)},
+    "chunked_attention": {"bias": (6, 5)},
+    "range_attention": {},
+    "window_attention": {},
+    "block_diffusion_attention": {},
+    "combiner_attention": {},
+    "delta_attention": {},
+    "merge_attention": {},
+    "gathered_attention": {},
+    "routing_attention": {},
+    "cluster_assign": {},
+    "update_centroids": {},
+    "prob_sparse_attention": {},
+    "pointer_scores": {},
 }
+HEADED = (
+    "chunked_attention",
+    "window_attention",
+    "combiner_attention",
+    "delta_attention",
+    "gathered_attention",
+    "routing_attention",
+    "prob_sparse_attention",
+)
+HEADED_PACKED = ("chunked_attention", "window_attention")
+
+
+def rows(batch: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Queries, keys and values of so many rows."""
+    return {name: of(batch, 5, heads, 8, dtype=dtype) for name, heads in (("q", 6), ("k", 3), ("v", 3))}
+
+
 HALF = {"wx": of(2, 5, 4, 1, 8, dtype=torch.bfloat16), "r": of(4, 1, 8, 8, dtype=torch.bfloat16)}
 
 RNN = [
@@ -507,8 +576,257 @@ LINEAR_ATTENTION = [
     # Of several mistakes the first in the order of the arguments is told.
     ("k: expected [B, T, H, K] = [2, 5, 3, 8], got [1]", {"k": of(1), "v": of(1), "initial_state": of(1)}),
 ]
+# Of every operator whose first three arguments are queries, keys and values.
+HEADS = [
+    ("q: expected 4 dimensions [B, T, H, D], got shape [2, 5, 6]", {"q": of(2, 5, 6)}),
+    ("q: expected float32, float64, bfloat16 or float16, got int64", {"q": of(2, 5, 6, 8, dtype=torch.int64)}),
+    ("q: expected at least 1 head and 1 channel, got shape [2, 5, 0, 8]", {"q": of(2, 5, 0, 8)}),
+    ("q: expected at least 1 head and 1 channel, got shape [2, 5, 6, 0]", {"q": of(2, 5, 6, 0)}),
+    ("k: expected float32, got bfloat16", {"k": of(2, 5, 3, 8, dtype=torch.bfloat16)}),
+    *(
+        (f"k: expected [B, T, Hk, D] = [2, 5, Hk, 8], got {[*shape]}", {"k": of(*shape)})
+        for shape in ((2, 5, 3, 7), (2, 4, 3, 8), (1, 5, 3, 8), (2, 5, 8))
+    ),
+    *(
+        (f"k: expected a number of heads that divides q's 6, got shape {[*shape]}", {"k": of(*shape), "v": of(1)})
+        for shape in ((2, 5, 4, 8), (2, 5, 12, 8), (2, 5, 0, 8))
+    ),
+    ("v: expected float32, got float64", {"v": of(2, 5, 3, 8, dtype=torch.float64)}),
+    *(
+        (f"v: expected [B, T, Hk, D] = [2, 5, 3, 8], got {[*shape]}", {"v": of(*shape)})
+        for shape in ((2, 5, 6, 8), (2, 5, 3, 7), (2, 5, 3))
+    ),
+    # Of several mistakes the first in the order of the arguments is told; an empty batch does not hide one.
+    ("k: expected [B, T, Hk, D] = [2, 5, Hk, 8], got [1]", {"k": of(1), "v": of(1)}),
+    ("v: expected [B, T, Hk, D] = [0, 5, 3, 8], got [0, 5, 1, 8]", {**rows(0), "v": of(0, 5, 1, 8)}),
+]
+BIASES = "[1 or H, 2 C - 1] or [1 or H, C, C] with H = 6 and C = 3"
+CHUNKED = [
+    *((f"chunk_size: expected an integer >= 1, got {size}", {"chunk_size": size}) for size in (0, -4)),
+    *(
+        (f"activation: expected one of softmax, laplace, relu2, got {name!r}", {"activation": name})
+        for name in ("gelu", "")
+    ),
+    *(
+        (f"bias: expected {BIASES}, got {[*shape]}", {"bias": of(*shape)})
+        for shape in ((), (5,), (6, 3), (2, 5), (6, 3, 5), (3, 3, 3), (1, 6, 3, 3))
+    ),
+    ("bias: expected float32, got float64", {"bias": of(6, 5, dtype=torch.float64)}),
+    (
+        "bias: expected bfloat16 or float32, got float16",
+        {**rows(2, torch.bfloat16), "bias": of(6, 5, dtype=torch.float16)},
+    ),
+    ("q: expected batch 1 with cu_seqlens, got shape [2, 5, 6, 8]", {"cu_seqlens": integers(0, 5)}),
+    # Of several mistakes the first in the order of the arguments is told.
+    ("chunk_size: expected an integer >= 1, got 0", {"chunk_size": 0, "activation": "gelu", "bias": of(1)}),
+    (f"bias: expected {BIASES}, got [1]", {"bias": of(1), "cu_seqlens": of(2)}),
+]
+ONE_SOURCE = dict.fromkeys(("k2", "v2", "ranges2"))
+RANGES = "[B or 1, H or 1, P, 2, Tq] = [2 or 1, 6 or 1, P, 2, 5]"
+RANGE_BIASES = "[1 or H, 2 C - 1] or [1 or H, C, C] with H = 6"
+RANGE = [
+    ("q: expected 4 dimensions [B, T, H, D], got shape [2, 5, 6]", {"q": of(2, 5, 6)}),
+    ("q: expected float32, float64, bfloat16 or float16, got int64", {"q": of(2, 5, 6, 8, dtype=torch.int64)}),
+    ("q: expected at least 1 head and 1 channel, got shape [2, 5, 6, 0]", {"q": of(2, 5, 6, 0)}),
+    ("k: expected float32, got float16", {"k": of(2, 4, 3, 8, dtype=torch.float16)}),
+    *(
+        (f"k: expected [B, Tk, Hk, D] = [2, Tk, Hk, 8], got {[*shape]}", {"k": of(*shape)})
+        for shape in ((2, 4, 3, 7), (1, 4, 3, 8), (2, 4, 8))
+    ),
+    *(
+        (f"k: expected a number of heads that divides q's 6, got shape {[*shape]}", {"k": of(*shape)})
+        for shape in ((2, 4, 4, 8), (2, 4, 0, 8))
+    ),
+    ("v: expected float32, got float64", {"v": of(2, 4, 3, 8, dtype=torch.float64)}),
+    ("v: expected [B, Tk, Hk, D] = [2, 4, 3, 8], got [2, 5, 3, 8]", {"v": of(2, 5, 3, 8)}),
+    *(
+        (f"{name}: expected {RANGES}, got {[*shape]}", {name: of(*shape, dtype=torch.int32)})
+        for name in ("ranges", "ranges2")
+        for shape in ((1, 6, 3, 2, 4), (1, 6, 0, 2, 5), (1, 6, 3, 5, 2), (3, 1, 1, 2, 5), (1, 3, 1, 2, 5), (1, 1, 2, 5))
+    ),
+    ("ranges: expected int32, got int64", {"ranges": of(1, 1, 1, 2, 5, dtype=torch.int64)}),
+    ("ranges2: expected int32, got float32", {"ranges2": of(1, 1, 1, 2, 5)}),
+    ("k2: expected k2, v2 and ranges2 together, got None, a tensor and a tensor", {"k2": None}),
+    ("k2: expected k2, v2 and ranges2 together, got None, None and a tensor", {"k2": None, "v2": None}),
+    ("k2: expected k2, v2 and ranges2 together, got a tensor, a tensor and None", {"ranges2": None}),
+    ("k2: expected float32, got bfloat16", {"k2": of(2, 7, 3, 8, dtype=torch.bfloat16)}),
+    *(
+        (f"k2: expected [B, S, Hk, D] = [2, S, Hk, 8], got {[*shape]}", {"k2": of(*shape)})
+        for shape in ((2, 7, 3, 9), (1, 7, 3, 8), (7, 3, 8))
+    ),
+    ("k2: expected k's 3 heads, got shape [2, 7, 6, 8]", {"k2": of(2, 7, 6, 8)}),
+    ("v2: expected float32, got float64", {"v2": of(2, 7, 3, 8, dtype=torch.float64)}),
+    ("v2: expected [B, S, Hk, D] = [2, 7, 3, 8], got [2, 6, 3, 8]", {"v2": of(2, 6, 3, 8)}),
+    ("bias: expected None with k2, got a tensor", {"bias": of(6, 5)}),
+    *(
+        (f"bias: expected {RANGE_BIASES}, got {[*shape]}", {**ONE_SOURCE, "bias": of(*shape)})
+        for shape in ((), (5,), (6, 4), (2, 5), (6, 3, 5), (6, 0, 0), (1, 6, 3, 3))
+    ),
+    ("bias: expected float32, got float64", {**ONE_SOURCE, "bias": of(6, 5, dtype=torch.float64)}),
+    ("activation: expected one of softmax, laplace, relu2, got 'gelu'", {"activation": "gelu"}),
+    # Of several mistakes the first in the order of the arguments is told; an empty batch does not hide one.
+    (f"ranges: expected {RANGES}, got [1]", {"ranges": of(1, dtype=torch.int32), "k2": of(1), "activation": ""}),
+    (
+        "v: expected [B, Tk, Hk, D] = [0, 4, 3, 8], got [0, 4, 1, 8]",
+        {
+            **{"q": of(0, 5, 6, 8), "k": of(0, 4, 3, 8), "v": of(0, 4, 1, 8)},
+        },
+    ),
+]
+WINDOW = [
+    *((f"{name}: expected an integer >= -1, got -2", {name: -2}) for name in ("left", "right")),
+    ("global_index: expected int32 or int64, got float32", {"global_index": of(3)}),
+    ("global_index: expected int32 or int64, got bool", {"global_index": of(3, dtype=torch.bool)}),
+    ("global_index: expected 1 dimension [G], got shape [3, 1]", {"global_index": of(3, 1, dtype=torch.int64)}),
+    ("global_index: expected 1 dimension [G], got shape []", {"global_index": of(dtype=torch.int32)}),
+    ("q: expected batch 1 with cu_seqlens, got shape [2, 5, 6, 8]", {"cu_seqlens": integers(0, 5)}),
+    # Of several mistakes the first in the order of the arguments is told.
+    ("left: expected an integer >= -1, got -9", {"left": -9, "right": -9, "global_index": of(3)}),
+]
+ODD = {"q": of(2, 5, 6, 8), "k": of(2, 5, 3, 8), "v": of(2, 5, 3, 8)}
+BLOCK_DIFFUSION = [
+    ("q: expected 4 dimensions [B, T, H, D], got shape [2, 6, 6]", {"q": of(2, 6, 6)}),
+    ("k: expected [B, T, Hk, D] = [2, 6, Hk, 8], got [2, 5, 3, 8]", {"k": of(2, 5, 3, 8)}),
+    ("v: expected [B, T, Hk, D] = [2, 6, 3, 8], got [2, 6, 2, 8]", {"v": of(2, 6, 2, 8)}),
+    ("q: expected an even number of positions, T = 2 L, got shape [2, 5, 6, 8]", ODD),
+    *((f"block_size: expected an integer >= 1, got {size}", {"block_size": size}) for size in (0, -4)),
+    # Of several mistakes the first in the order of the arguments is told.
+    ("q: expected an even number of positions, T = 2 L, got shape [2, 5, 6, 8]", {**ODD, "block_size": 0}),
+]
+COMBINER = [
+    ("block_size: expected an integer >= 1, got 0", {"block_size": 0}),
+    ("pattern: expected one of fixed, logsparse, axial, got 'strided'", {"pattern": "strided"}),
+    ("pool: expected one of max, mean, got 'sum'", {"pool": "sum"}),
+]
+DELTA = [
+    ("threshold: expected a number >= 0, got -0.5", {"threshold": -0.5}),
+    ("threshold: expected a number >= 0, got nan", {"threshold": math.nan}),
+    *((f"{name}: expected an integer >= 0, got -1", {name: -1}) for name in ("window", "sink")),
+    ("mode: expected one of element, row, got 'column'", {"mode": "column"}),
+    # Of several mistakes the first in the order of the arguments is told.
+    ("threshold: expected a number >= 0, got -2", {"threshold": -2.0, "window": -1, "mode": ""}),
+]
+MERGE = [
+    ("o1: expected 4 dimensions [B, T, H, D], got shape [2, 5, 3]", {"o1": of(2, 5, 3)}),
+    ("o1: expected float32, float64, bfloat16 or float16, got int64", {"o1": of(2, 5, 3, 8, dtype=torch.int64)}),
+    ("o1: expected at least 1 head and 1 channel, got shape [2, 5, 0, 8]", {"o1": of(2, 5, 0, 8)}),
+    ("o1: expected at least 1 head and 1 channel, got shape [2, 5, 3, 0]", {"o1": of(2, 5, 3, 0)}),
+    ("lse1: expected float32, got float64", {"lse1": of(2, 3, 5, dtype=torch.float64)}),
+    ("lse1: expected [B, H, T] = [2, 3, 5], got [2, 5, 3]", {"lse1": of(2, 5, 3)}),
+    ("o2: expected float32, got bfloat16", {"o2": of(2, 5, 3, 8, dtype=torch.bfloat16)}),
+    ("o2: expected [B, T, H, D] = [2, 5, 3, 8], got [2, 5, 3, 7]", {"o2": of(2, 5, 3, 7)}),
+    ("lse2: expected [B, H, T] = [2, 3, 5], got [2, 3]", {"lse2": of(2, 3)}),
+    (
+        "lse1: expected float32 or float64, got bfloat16",
+        {"o1": of(2, 5, 3, 8, dtype=torch.float64), "lse1": of(2, 3, 5, dtype=torch.bfloat16)},
+    ),
+    (
+        "lse2: expected float64, got float32",
+        {
+            **dict.fromkeys(("o1", "o2"), of(2, 5, 3, 8, dtype=torch.float64)),
+            "lse1": of(2, 3, 5, dtype=torch.float64),
+        },
+    ),
+    # Of several mistakes the first in the order of the arguments is told; an empty batch does not hide one.
+    ("lse1: expected [B, H, T] = [2, 3, 5], got [1]", {"lse1": of(1), "o2": of(1)}),
+    (
+        "lse2: expected [B, H, T] = [0, 3, 5], got [0, 3, 4]",
+        {
+            **dict.fromkeys(("o1", "o2"), of(0, 5, 3, 8)),
+            "lse1": of(0, 3, 5),
+            "lse2": of(0, 3, 4),
+        },
+    ),
+]
+GATHERED = [
+    ("q_index: expected int32 or int64, got float32", {"q_index": of(2, 6, 4, 3)}),
+    *(
+        (f"q_index: expected [B, H, K, w] = [2, 6, K, w], got {[*shape]}", {"q_index": of(*shape, dtype=torch.int64)})
+        for shape in ((2, 3, 4, 3), (1, 6, 4, 3), (6, 4, 3))
+    ),
+    ("k_index: expected int32 or int64, got bool", {"k_index": of(2, 6, 4, 5, dtype=torch.bool)}),
+    (
+        "k_index: expected [B, H, K, w'] = [2, 6, 4, w'], got [2, 6, 3, 5]",
+        {"k_index": of(2, 6, 3, 5, dtype=torch.int64)},
+    ),
+    ("reduce: expected one of mean, sum, last, got 'max'", {"reduce": "max"}),
+]
+CENTROIDS = [
+    *(
+        (f"centroids: expected [H, K, D] = [6, K >= 1, 8], got {[*shape]}", {"centroids": of(*shape)})
+        for shape in ((6, 8), (3, 4, 8), (6, 0, 8), (6, 4, 7))
+    ),
+    ("centroids: expected float32, got float64", {"centroids": of(6, 4, 8, dtype=torch.float64)}),
+]
+SIZES = [(f"size: expected an integer >= 1, got {size}", {"size": size}) for size in (0, -2)]
+TOKENS = [
+    ("x: expected 4 dimensions [B, T, H, D], got shape [2, 5, 6]", {"x": of(2, 5, 6)}),
+    ("x: expected float32, float64, bfloat16 or float16, got int64", {"x": of(2, 5, 6, 8, dtype=torch.int64)}),
+    ("x: expected at least 1 head and 1 channel, got shape [2, 5, 0, 8]", {"x": of(2, 5, 0, 8)}),
+]
+NEAREST = [
+    ("nearest: expected [B, T, H] = [2, 5, 6], got [2, 6, 5]", {"nearest": of(2, 6, 5, dtype=torch.int64)}),
+    ("nearest: expected int32 or int64, got float32", {"nearest": of(2, 5, 6)}),
+]
+PROB_SPARSE = [
+    ("sample_index: expected int32 or int64, got float32", {"sample_index": of(5, 4)}),
+    ("sample_index: expected [T, U] = [5, U], got [4, 5]", {"sample_index": of(4, 5, dtype=torch.int32)}),
+    ("sample_index: expected [T, U] = [5, U], got [5]", {"sample_index": of(5, dtype=torch.int32)}),
+    ("top: expected an integer >= 1, got 0", {"top": 0}),
+    # Of several mistakes the first in the order of the arguments is told.
+    ("sample_index: expected [T, U] = [5, U], got [2]", {"sample_index": of(2, dtype=torch.int32), "top": 0}),
+]
+POINTER = [
+    ("query: expected 3 dimensions [B, Tq, A], got shape [2, 5, 3, 8]", {"query": of(2, 5, 3, 8)}),
+    ("query: expected float32, float64, bfloat16 or float16, got int64", {"query": of(2, 5, 8, dtype=torch.int64)}),
+    ("query: expected at least 1 channel, got shape [2, 5, 0]", {"query": of(2, 5, 0)}),
+    ("key: expected float32, got bfloat16", {"key": of(2, 4, 8, dtype=torch.bfloat16)}),
+    ("key: expected [B, Tk, A] = [2, Tk, 8], got [2, 4, 7]", {"key": of(2, 4, 7)}),
+    ("key: expected [B, Tk, A] = [2, Tk, 8], got [3, 4, 8]", {"key": of(3, 4, 8)}),
+    ("key: expected [B, Tk, A] = [2, Tk, 8], got [2, 8]", {"key": of(2, 8)}),
+    ("mode: expected one of additive, clipped_dot, got 'dot'", {"mode": "dot"}),
+    ("weight: expected a tensor with mode 'additive', got None", {"weight": None}),
+    ("weight: expected [A] = [8], got [8, 1]", {"weight": of(8, 1)}),
+    ("weight: expected [A] = [8], got [5]", {"weight": of(5), "mode": "clipped_dot"}),
+    ("weight: expected float32, got float64", {"weight": of(8, dtype=torch.float64)}),
+    (
+        "weight: expected bfloat16 or float32, got float16",
+        {
+            **{"query": of(2, 5, 8, dtype=torch.bfloat16), "key": of(2, 4, 8, dtype=torch.bfloat16)},
+            "weight": of(8, dtype=torch.float16),
+        },
+    ),
+    ("clip: expected a number > 0, got 0", {"clip": 0.0}),
+    ("clip: expected a number > 0, got -2.5", {"clip": -2.5}),
+    ("clip: expected a number > 0, got nan", {"clip": math.nan}),
+    ("lengths: expected int32 or int64, got float32", {"lengths": of(2)}),
+    ("lengths: expected [B] = [2], got [3]", {"lengths": integers(1, 2, 3)}),
+    # Of several mistakes the first in the order of the arguments is told; an empty batch does not hide one.
+    ("key: expected [B, Tk, A] = [2, Tk, 8], got [1]", {"key": of(1), "weight": of(1), "lengths": integers(1)}),
+    ("lengths: expected [B] = [0], got [1]", {"query": of(0, 5, 8), "key": of(0, 4, 8), "lengths": integers(1)}),
+]
 MISTAKES = [
     *RNN,
+    *(Mistake("gathered_attention", text, change) for text, change in GATHERED),
+    *(Mistake("routing_attention", text, change) for text, change in (*CENTROIDS, *SIZES)),
+    *(Mistake("cluster_assign", text, change) for text, change in (*TOKENS, *CENTROIDS, *SIZES)),
+    Mistake("cluster_assign", "mode: expected one of balanced, causal, got 'best'", {"mode": "best"}),
+    *(Mistake("update_centroids", text, change) for text, change in (*TOKENS, *CENTROIDS, *NEAREST)),
+    *(Mistake(op, text, change) for op in HEADED for text, change in HEADS),
+    *(
+        Mistake(op, text, rows(1) | {"cu_seqlens": edges}, values)
+        for op in HEADED_PACKED
+        for text, edges, values in PACKED
+    ),
+    *(Mistake("chunked_attention", text, change) for text, change in CHUNKED),
+    *(Mistake("range_attention", text, change) for text, change in RANGE),
+    *(Mistake("window_attention", text, change) for text, change in WINDOW),
+    *(Mistake("block_diffusion_attention", text, change) for text, change in BLOCK_DIFFUSION),
+    *(Mistake("combiner_attention", text, change) for text, change in COMBINER),
+    *(Mistake("delta_attention", text, change) for text, change in DELTA),
+    *(Mistake("merge_attention", text, change) for text, change in MERGE),
+    *(Mistake("prob_sparse_attention", text, change) for text, change in PROB_SPARSE),
+    *(Mistake("pointer_scores", text, change) for text, change in POINTER),
     *(Mistake(op, text, change) for op, text, change in KERNELS),
     *(Mistake("conv_ssm", text, change) for text, change in CONV_SSM),
     *(Mistake("causal_conv1d", text, change) for text, change in CAUSAL_CONV1D),
@@ -565,7 +883,7 @@ def under_reference(op: str, **inputs: Any) -> Any:
 
 def under_simulator(op: str, **inputs: Any) -> Any:
     """Or in the interpreter, where there are kernels in Triton only."""
-    name = next(name for _, public, name in backends.kernels() if op == public)
+    name = next(name for name in backends.GPU_BACKENDS if backends._exists(op, name))
     with pytest.MonkeyPatch.context() as patch, seqops.backend(name):
         patch.setenv({"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name], "1")
         return getattr(seqops, op)(**inputs)
@@ -609,11 +927,14 @@ def test_devices_must_agree(op: str) -> None:
     shapes = {**{name: t.shape for name, t in made.items()}, **OTHERS[op]}
     # Where the first one is complex, all are.
     dtype = made[first].dtype
+    indices = {n: t.dtype for n, t in made.items() if not (t.is_floating_point() or t.is_complex())}
     for name in shapes:
         if name == first:
             continue
         for ours, theirs in (("cpu", "meta"), ("meta", "cpu")):
-            change = {n: of(*s, dtype=dtype, device=theirs if n == name else ours) for n, s in shapes.items()}
+            change = {
+                n: of(*s, dtype=indices.get(n, dtype), device=theirs if n == name else ours) for n, s in shapes.items()
+            }
             mistake = Mistake(op, f"{name}: expected {first}'s device {ours}, got {theirs}", change)
             with refused(mistake):
                 public(op, **arguments(mistake, ours))
@@ -621,6 +942,8 @@ def test_devices_must_agree(op: str) -> None:
         change = {"lengths": of(2, device="meta")}
     elif op == "linear_attention":
         change = {"q": of(1, 5, 3, 8), "k": of(1, 5, 3, 8), "v": of(1, 5, 3, 7), "cu_seqlens": of(2, device="meta")}
+    elif op in HEADED_PACKED:
+        change = rows(1) | {"cu_seqlens": of(2, device="meta")}
     elif op == "causal_conv1d":
         change = {"x": of(1, 5, 8), "cu_seqlens": of(2, device="meta")}
     elif op not in scan.OPERATORS:
@@ -689,6 +1012,12 @@ def of_backward(op: str) -> dict[str, Any]:
     if op == "fft_conv_backward":
         dy, u, k = torch.zeros(2, 5, 4, 3), torch.zeros(2, 5, 4), torch.zeros(4, 3, 7)
         return {"dy": dy, "u": u, "k": k, "skip": k[:, 0, 0], "for_u": True, "for_k": True}
+    if op == "range_attention_backward":
+        q, k, lse = torch.zeros(2, 5, 3, 4), torch.zeros(2, 6, 3, 4), torch.zeros(2, 3, 5)
+        ranges, seen = (torch.zeros(1, 1, 1, 2, count, dtype=torch.int32) for count in (5, 6))
+        tensors = {"grad_o": q, "grad_lse": lse, "o": q, "lse": lse, "q": q, "k": k, "v": k, "ranges": ranges}
+        tensors |= {"seen": seen, "k2": k, "v2": k, "ranges2": ranges, "seen2": seen}
+        return tensors | {"bias": None}
     if op == "linear_attention_backward":
         q, v, state = torch.zeros(2, 5, 3, 4), torch.zeros(2, 5, 3, 6), torch.zeros(2, 3, 4, 6)
         tensors = {"grad_o": v, "dfinal_state": state, "q": q, "k": q, "v": v}
@@ -699,6 +1028,29 @@ def of_backward(op: str) -> dict[str, Any]:
 
 
 BACKWARD_MISTAKES = [
+    *(
+        ("range_attention_backward", {name: torch.zeros(*shape)}, f"{name}: expected {letters}, got {[*shape]}")
+        for name, shape, letters in (
+            ("grad_o", (2, 5, 3, 5), "[B, Tq, H, D] = [2, 5, 3, 4]"),
+            ("grad_lse", (2, 5, 3), "[B, H, Tq] = [2, 3, 5]"),
+            ("o", (5, 3, 4), "[B, Tq, H, D] = [2, 5, 3, 4]"),
+            ("lse", (2, 3), "[B, H, Tq] = [2, 3, 5]"),
+        )
+    ),
+    *(
+        (
+            "range_attention_backward",
+            {name: torch.zeros(1, 1, 1, 2, 5, dtype=torch.int32)},
+            f"{name}: expected [B or 1, H or 1, P, 2, {letter}] = [2 or 1, 3 or 1, P, 2, 6], got [1, 1, 1, 2, 5]",
+        )
+        for name, letter in (("seen", "Tk"), ("seen2", "S"))
+    ),
+    (
+        "range_attention_backward",
+        {"grad_lse": torch.zeros(2, 3, 5).double()},
+        "grad_lse: expected float32, got float64",
+    ),
+    ("range_attention_backward", {"seen2": None}, "seen2: expected one where there is k2, got None"),
     (
         "linear_attention_backward",
         {"grad_o": torch.zeros(2, 5, 3, 4)},

@@ -1,6 +1,7 @@
 """Who may import whom: rooms do not know each other, references know torch only, and so on down the table."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,16 @@ def allowed(file: str) -> set[str]:
     folder, _, name = file.rpartition("/")
     if folder in ROOMS:
         mine = f"seqops.{folder}"
-        # A file that serves one operator carries its name: what `op.py` may import, `op_conv_ssm.py` may import.
-        kind, operator = name, next((op for op in operators() if name.endswith(f"_{op}.py")), None)
+        # A file that serves one operator carries its name: what `op.py` may import, `op_conv_ssm.py` may import, and
+        # what `triton_kernels.py` may, `triton_kernels_range_attention_backward.py`.
+        kind, operator = name, next((op for op in operators() if re.search(rf"_{op}(_[a-z]+)?\.py$", name)), None)
         if operator is not None:
-            kind = name.replace(f"_{operator}.py", ".py")
+            kind = re.sub(rf"_{operator}(_[a-z]+)?\.py$", ".py", name)
         packages = {
             "reference.py": {"torch"},
-            "op.py": {"torch", "seqops.core", f"{mine}.cells"},
+            "op.py": {"torch", "seqops.core", f"{mine}.cells", f"{mine}.reference", f"{mine}.ranges"},
+            # Patterns as ranges: what operators made of one kernel hand to it.
+            "ranges.py": {"torch"},
             "triton.py": {"torch", "seqops.core", "triton", f"{mine}.tiles"}
             | {f"{mine}.triton_kernels", f"{mine}.triton_blocks", f"{mine}.triton_window"}
             | {f"{mine}.triton_walks", f"{mine}.triton_configurations"}
@@ -32,7 +36,7 @@ def allowed(file: str) -> set[str]:
             "triton_tiles.py": {"seqops.tune.csp", f"{mine}.cells"},
             # Kernels too long for one file: what is compiled, and the functions that they are made of.
             "triton_kernels.py": {"triton", f"{mine}.triton_blocks"},
-            "triton_blocks.py": {"triton"},
+            "triton_blocks.py": {"triton", f"{mine}.tiles"},
             "triton_window.py": {"triton", f"{mine}.triton_blocks"},
             # Launchers too long for one file: one launch, and what can be launched.
             "triton_walks.py": {"torch", "triton", f"{mine}.tiles"}
@@ -54,7 +58,7 @@ def allowed(file: str) -> set[str]:
             # How the kernels of several operators are tried.
             "tune_examples.py": {"torch", "seqops.core", "seqops.tune.target"},
             # What is made of torch's operators and ours, for several backends.
-            "composed.py": {"torch", "seqops.core"},
+            "composed.py": {"torch", "seqops.core", f"{mine}.ranges"},
             "__init__.py": {"seqops.core", mine},
         }
         own = set() if operator is None else {f"{mine}.{kind.removesuffix('.py')}"}
@@ -86,14 +90,15 @@ def beside(file: str, kind: str) -> Iterator[Path]:
     """Files of one operator in the same room that this one may import: those of a kind that it builds on."""
     below = {
         "__init__.py": (),
-        "op.py": ("composed",),
+        "op.py": ("composed", "op"),
         "cuda.py": ("composed", "cuda", "tiles"),
-        "triton.py": ("composed", "triton", "triton_kernels", "tiles"),
+        "triton.py": ("composed", "triton", "triton_kernels", "triton_configurations", "tiles"),
+        "triton_configurations.py": ("triton", "triton_kernels", "tiles"),
         "tune.py": ("op", "reference", "tiles", "triton", "tune"),
     }
     room = (PACKAGE / file).parent
     for prefix in below.get(kind, ()):
-        yield from (path for op in operators() for path in room.glob(f"{prefix}_{op}.py"))
+        yield from (path for op in operators() for path in room.glob(f"{prefix}_{op}*.py"))
 
 
 def public_operators() -> set[str]:

@@ -39,9 +39,13 @@ def rooms() -> list[str]:
     return sorted(path.parent.name for path in (ROOT / "seqops").glob("*/triton.py"))
 
 
+def listed_in(room: str) -> list[Configuration]:
+    return import_module(f"seqops.{room}.triton").configurations()
+
+
 def listed() -> list[Configuration]:
     """The configurations of all rooms, where the compiler is installed."""
-    return [each for room in rooms() for each in import_module(f"seqops.{room}.triton").configurations()]
+    return [each for room in rooms() for each in listed_in(room)]
 
 
 def by_kind(
@@ -57,7 +61,9 @@ def triton_parameters() -> Iterator[Any]:
     """Configurations, each with an architecture, all but one of a kind marked slow."""
     if not HAS_TRITON:
         return
-    for i, members in enumerate(by_kind(listed(), triton_kind)):
+    # Counted in each room, so that its examples do not depend on the other rooms.
+    kinds = [numbered for room in rooms() for numbered in enumerate(by_kind(listed_in(room), triton_kind))]
+    for i, members in kinds:
         for j, configuration in enumerate(members):
             example = i % len(members)
             among = [each for each in ARCHITECTURES if runs_on(configuration, each)]

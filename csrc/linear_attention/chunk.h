@@ -8,8 +8,8 @@
 //   whole = e^{g_0 + .. + g_{n-1}}
 #pragma once
 
+#include "../common/product.h"
 #include "linear_attention.h"
-#include "product.h"
 
 namespace seqops::SEQOPS_ISA {
 namespace {

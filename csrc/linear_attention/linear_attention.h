@@ -13,15 +13,11 @@
 
 #include <stdint.h>
 
+#include "../common/heads.h"
 #include "../common/isa.h"
 #include "../common/sequence.h"
 
 namespace seqops {
-
-struct HeadView {  // [B, T, H, width], dense along its last dimension; null: zeros
-  void* data;
-  int64_t batch, step, head;  // strides, in elements; a step of 0 where one value serves all steps
-};
 
 enum class DecayKind { none, step, channel };  // one number a step (also [H]), or one for each key channel
 enum class Storage { float32, float64, bfloat16, float16 };

@@ -29,12 +29,14 @@ from . import launch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 NATIVE = {"cpu": "CPU"}  # backends whose kernels are C++, registered on a dispatch key by the extension
 GPU_BACKENDS = ("cuda", "triton")  # where an operator provides no order of its own
+DEVICES = ("cpu", "cuda")  # of tensors that have data
 
 library = torch.library.Library("seqops", "FRAGMENT")
 
 _forced: ContextVar[str | None] = ContextVar("seqops_backend", default=None)
 _served: dict[str, dict[str, Callable[..., Any] | None]] = {}  # operator -> backend -> Python function, None if native
 _part_of: dict[str, str] = {}  # private operator -> public operator
+_made_of: dict[str, tuple[str, ...]] = {}  # operator without kernels of its own -> the operators that it calls
 _switchable: set[str] = set()
 _switching = threading.Lock()
 
@@ -96,6 +98,17 @@ def provide_module(
             return getattr(import_module(f"{module}.{_name}"), op_name)(*args, **kwargs)
 
         provide(op_name, name, call, check=check, part_of=part_of)
+
+
+def compose(op_name: str, parts: Sequence[str], reference: Callable[..., Any]) -> None:
+    """Declare that an operator has no kernels of its own: a backend serves it that serves all the operators it calls.
+
+    Args:
+        parts: those operators.
+        reference: serves the forced backend "reference".
+    """
+    _made_of[op_name] = tuple(parts)
+    provide(op_name, "reference", reference)
 
 
 def kernels() -> list[tuple[str, str, str]]:
@@ -164,6 +177,8 @@ def reason_missing(op_name: str, name: str, device: str | None = None) -> str | 
     Args:
         device: "cpu" or "cuda": for tensors of that device. None: for any.
     """
+    if op_name in _made_of and name != "reference":
+        return next(filter(None, (reason_missing(part, name, device) for part in _made_of[op_name])), None)
     if name not in _served.get(op_name, {}):
         return f"no {name} kernel in this release"
     if name not in GPU_BACKENDS:
@@ -207,15 +222,38 @@ def serve_python(op_name: str, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
+def serve_composite(op_name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call an operator that is made of others: its reference where that is forced, else `function`.
+
+    The parts obey a forced backend themselves; what one of them cannot serve is told of the whole, before any runs.
+    """
+    name = current()
+    if name is None:
+        return function(*args, **kwargs)
+    if name == "reference":
+        return serve_python(op_name, *args, **kwargs)
+    device = _device_of(args)
+    unfit = device == "cuda" if name in NATIVE else reason_missing(op_name, name, device) is not None
+    if unfit and device in DEVICES:
+        raise RuntimeError(refusal(op_name, name, device))
+    return function(*args, **kwargs)
+
+
 def refusal(op_name: str, name: str | None, device: str, reason: str | None = None) -> str:
     """The text of the error where no kernel can serve a call, with the backend's own `reason` where it has one."""
     public = _part_of.get(op_name, op_name)
-    exist = "backends that exist: " + ", ".join(other for other in BACKENDS if other in _served.get(public, {}))
+    exist = "backends that exist: " + ", ".join(other for other in BACKENDS if _exists(public, other))
     if name is None:
         reasons = [f"{other}: {reason_missing(op_name, other, device)}" for other in GPU_BACKENDS]
         return f"seqops::{public}: no kernel for {device} tensors ({'; '.join(reasons)}); {exist}"
     reason = reason or reason_missing(op_name, name, device) or f"it does not take {device} tensors"
     return f"seqops::{public}: backend {name!r} cannot serve this call: {reason}; {exist}"
+
+
+def _exists(op_name: str, name: str) -> bool:
+    if op_name in _made_of and name != "reference":
+        return all(_exists(part, name) for part in _made_of[op_name])
+    return name in _served.get(op_name, {})
 
 
 def _device_of(args: tuple[Any, ...]) -> str:
@@ -247,7 +285,7 @@ def register_elsewhere(op: torch._ops.OpOverload) -> None:
 
 def _make_switchable(op_name: str) -> None:
     with _switching:
-        if op_name not in _switchable:
+        if op_name not in _switchable and op_name not in _made_of:
             _replace_kernel(op_name)
             _switchable.add(op_name)
 

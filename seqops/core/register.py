@@ -131,7 +131,8 @@ def register_training(op: Operator, training: Callable[..., Any]) -> None:
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if gradient_wanted(args, kwargs):
-            return training(*args, **kwargs)[:results]
+            outputs = training(*args, **kwargs)
+            return outputs[:results] if results > 1 else outputs[0]
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, **kwargs)
 
@@ -148,6 +149,40 @@ def _unless_reference(op: Operator, kernel: Callable[..., Any]) -> Callable[...,
         return kernel(*args, **kwargs)
 
     return switch
+
+
+def register_composite(
+    schema: str,
+    function: Callable[..., Any],
+    *,
+    reference: Callable[..., Any],
+    check: Callable[..., None],
+    cast: Sequence[str],
+    parts: Sequence[str],
+) -> Operator:
+    """Define an operator that is made of others, from which it has its derivatives, transforms and backends.
+
+    Args:
+        schema: of the operator, as `Library.define` takes it.
+        function: computes it with the operators `parts`, and with torch's.
+        reference: computes it under the forced backend "reference".
+        check: called first, with the arguments: raises for those that the operator refuses.
+        cast: the arguments that autocast casts.
+        parts: the names of the operators that have kernels, among those that `function` calls.
+    """
+    op_name = schema.partition("(")[0]
+    backends.library.define(schema)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return backends.serve_composite(op_name, function, *args, **kwargs)
+
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+        backends.library.impl(op_name, kernel, key)
+    backends.compose(op_name, parts, reference)
+    operator = getattr(torch.ops.seqops, op_name).default
+    register_autocast(operator, cast)
+    return operator
 
 
 def refuse_second_derivative(op: Operator, forward: Operator) -> None:
@@ -173,7 +208,9 @@ def register_autocast(op: Operator, names: Sequence[str]) -> None:
             dtype = torch.get_autocast_dtype(device)
             cast = list(args)
             for i in cast_at:
-                if cast[i].is_floating_point() and cast[i].dtype != torch.float64:
+                if i >= len(cast) or cast[i] is None:
+                    continue
+                if cast[i] is not None and cast[i].is_floating_point() and cast[i].dtype != torch.float64:
                     cast[i] = cast[i].to(dtype)
             with torch._C._ExcludeDispatchKeyGuard(keys):
                 return op(*cast, **kwargs)
@@ -198,6 +235,34 @@ def register_vmap(op: Operator, rule: Callable[..., Any]) -> None:
         )
 
     backends.library.impl(op, kernel, "FuncTorchBatched")
+
+
+def vmap_of_batch(op: Operator, alone: Sequence[str] = ()) -> Callable[..., Any]:
+    """A rule for `register_vmap`: the mapped dimension joins the batch, which every tensor and output has in front.
+
+    Args:
+        alone: tensors without a batch, which all rows share. Where one of them is mapped, calls are made one by one.
+    """
+    names = [argument.name for argument in op._schema.arguments]
+    _, call = _flat_calls(op)
+
+    def rule(size: int, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
+        shared = [name in alone or not isinstance(value, Tensor) for name, value in zip(names, flat, strict=True)]
+        pairs = list(zip(flat, in_dims, strict=True))
+        if any(dim is not None for (_, dim), apart in zip(pairs, shared, strict=True) if apart):
+            runs = [call(*(v if dim is None else v.select(dim, i) for v, dim in pairs)) for i in range(size)]
+            outputs = torch.stack(runs) if isinstance(runs[0], Tensor) else tuple(map(torch.stack, zip(*runs)))  # noqa: B905
+        else:
+            joined = (v if apart else fold(v, dim, size, 0) for (v, dim), apart in zip(pairs, shared, strict=True))
+            outputs = split(call(*joined), size)
+        return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
+
+    def split(outputs: Any, size: int) -> Any:
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, (size, outputs.shape[0] // size))
+        return tuple(split(output, size) for output in outputs)
+
+    return rule
 
 
 def fold(value: Tensor, dim: int | None, size: int, into: int) -> Tensor:

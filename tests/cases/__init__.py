@@ -7,7 +7,29 @@ and the bound its errors must keep. Errors are relative root mean squares agains
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import causal_conv1d, common, conv_ssm, fft_conv, grid_scan, linear_attention, rnn, scan, ssm_kernel
+from . import (
+    block_diffusion_attention,
+    causal_conv1d,
+    chunked_attention,
+    cluster_assign,
+    combiner_attention,
+    common,
+    conv_ssm,
+    delta_attention,
+    fft_conv,
+    gathered_attention,
+    grid_scan,
+    linear_attention,
+    merge_attention,
+    pointer_scores,
+    prob_sparse_attention,
+    range_attention,
+    rnn,
+    routing_attention,
+    scan,
+    ssm_kernel,
+    window_attention,
+)
 from .common import (
     LAYOUTS,
     NARROW,
@@ -29,7 +51,28 @@ from .common import (
     same_bits,
 )
 
-TABLES = (rnn, scan, grid_scan, linear_attention, causal_conv1d, fft_conv, ssm_kernel, conv_ssm)
+TABLES = (
+    rnn,
+    scan,
+    grid_scan,
+    linear_attention,
+    causal_conv1d,
+    fft_conv,
+    ssm_kernel,
+    conv_ssm,
+    range_attention,
+    chunked_attention,
+    window_attention,
+    block_diffusion_attention,
+    combiner_attention,
+    prob_sparse_attention,
+    merge_attention,
+    delta_attention,
+    cluster_assign,
+    gathered_attention,
+    routing_attention,
+    pointer_scores,
+)
 ROOMS = {op: table for table in TABLES for op in table.OPERATORS}
 OPERATORS = tuple(ROOMS)
 CASES: dict[str, list[Case]] = {op: room.table(op) for op, room in ROOMS.items()}
@@ -47,25 +90,37 @@ __all__ = [
     "as_tuple",
     "assert_same_bits",
     "assert_within",
-    "conv_ssm",
+    "block_diffusion_attention",
     "causal_conv1d",
+    "chunked_attention",
+    "cluster_assign",
+    "combiner_attention",
+    "conv_ssm",
+    "delta_attention",
     "differentiable",
     "error",
     "evaluate",
     "exact_results",
     "example",
     "fft_conv",
+    "gathered_attention",
     "grid_scan",
     "in_double",
     "in_float64",
     "linear_attention",
+    "merge_attention",
     "only",
     "pairwise",
     "params",
+    "pointer_scores",
+    "range_attention",
+    "prob_sparse_attention",
     "rnn",
+    "routing_attention",
     "same_bits",
     "scan",
     "ssm_kernel",
+    "window_attention",
 ]
 
 

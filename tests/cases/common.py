@@ -160,7 +160,8 @@ def error(got: Tensor, exact: Tensor) -> float:
     assert got.shape == exact.shape, f"{[*got.shape]} is not {[*exact.shape]}"
     assert got.is_complex() == exact.is_complex(), f"{got.dtype} is not {exact.dtype}"
     got, exact = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (got, exact))
-    got, finite = got.to("cpu", torch.float64), exact.isfinite()
+    got, exact = (t.to("cpu", torch.float64) for t in (got, exact))
+    finite = exact.isfinite()
     if not torch.equal(got[~finite].nan_to_num(7.0), exact[~finite].nan_to_num(7.0)):
         return torch.inf
     difference, size = (got - exact)[finite].norm().item(), exact[finite].norm().item()

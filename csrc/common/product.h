@@ -6,7 +6,7 @@
 // Sums run over d in order, whatever the tile. n covers whole vectors.
 #pragma once
 
-#include "../common/vector.h"
+#include "vector.h"
 
 namespace seqops::SEQOPS_ISA {
 namespace {
@@ -55,7 +55,7 @@ void product_tile(Strided<T> a, const T* b, int64_t b_row, int64_t depth, T* out
     for (int v = 0; v < VECTORS; ++v) line[v] = load(b + v * L);
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m) {
-      const Vector<T> x = Vector<T>{} + a.p[m * a.row];
+      const Vector<T> x = a.p[m * a.row] - Vector<T>{};  // one broadcast: unlike 0 + x this is x, whatever its sign
 #pragma GCC unroll 16
       for (int v = 0; v < VECTORS; ++v) sum[m][v] += x * line[v];
     }
