@@ -289,6 +289,7 @@ def vector(storage: str, channels: int, alignments: tuple[int, ...]) -> int:
 # ---- in Triton
 
 TRITON_STEPS, TRITON_CHANNELS = (8, 32), (16, 64, 128)
+TRITON_BYTES = 8192  # of a tile in the dtype of its sums: with more, those of weights do not fit the registers
 TRITON_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
@@ -299,6 +300,7 @@ def problem_in_triton(device: Any, key: Any) -> csp.Problem:
     p = csp.Problem(str(key))
     steps = p.int("steps", values=TRITON_STEPS)
     channels = p.int("channels", values=TRITON_CHANNELS)
+    p.add(steps * channels * max(size, 4) <= TRITON_BYTES)
     programs = p.define("programs", rows * csp.ceildiv(time, steps) * csp.ceildiv(width, channels))
     # A tile that is larger than the warps of a program keeps several rows of a thread on their way.
     resident = device.processors * (device.threads_per_processor // 128)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from .triton_kernels import GRADIENT, Y
 
 INTERPRETED = triton.knobs.runtime.interpret
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+# Left to itself, ptxas saves registers by spilling a word or two; but with this, sums of weights spill many.
+MOST_REGISTERS = {"maxnreg": 255}
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # For the interpreter, which has no device to choose for.
 INTERPRETED_TILE = {"steps": 8, "channels": 16}
@@ -155,7 +157,12 @@ def launch(kernel: Any, like: Tensor, programs: int, arguments: dict[str, Any]) 
         raise RuntimeError(f"triton kernels take CUDA tensors; {like.device} needs TRITON_INTERPRET=1 from the start")
     if programs:
         with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-            kernel[(programs,)](**arguments, **OPTIONS)
+            kernel[(programs,)](**arguments, **options(kernel))
+
+
+def options(kernel: Any) -> dict[str, Any]:
+    """Of the compiler."""
+    return OPTIONS if kernel is kernels.causal_conv1d_weights else OPTIONS | MOST_REGISTERS
 
 
 def programs(call: Call, rows: int, steps: int) -> int:
@@ -273,16 +280,20 @@ def configurations() -> list[dict[str, Any]]:
     return [*forward_configurations(), *backward_configurations(), *triton_fft_conv.configurations()]
 
 
-def shapes() -> Iterator[dict[str, int]]:
-    for steps, channels in itertools.product(tiles.TRITON_STEPS, tiles.TRITON_CHANNELS):
-        yield {"BT": steps, "BD": channels}
+def with_tiles(dtypes: Iterable[Any]) -> Iterator[tuple[Any, dict[str, int], bool]]:
+    """Each dtype of x, or tuple that begins with one, with every tile that may be chosen, and packed or not."""
+    sizes = itertools.product(tiles.TRITON_STEPS, tiles.TRITON_CHANNELS)
+    for each, (steps, channels), packed in itertools.product(dtypes, sizes, (False, True)):
+        x = each[0] if isinstance(each, tuple) else each
+        if steps * channels * real_of(x).itemsize <= tiles.TRITON_BYTES:
+            yield each, {"BT": steps, "BD": channels}, packed
 
 
 def configuration(kernel: Any, constants: dict[str, Any], **pointers: torch.dtype) -> dict[str, Any]:
     types = {name: f"*{TYPES[dtype]}" for name, dtype in pointers.items()}
     types |= {name: "*i64" for name in ("p_sequence", "p_edges") if name in kernel.arg_names}
     sizes = {name: "i32" for name in kernel.arg_names if name not in types and name not in constants}
-    return {"kernel": kernel, "types": types | sizes, "constants": constants, "options": OPTIONS}
+    return {"kernel": kernel, "types": types | sizes, "constants": constants, "options": options(kernel)}
 
 
 def pairs() -> Iterator[tuple[torch.dtype, torch.dtype]]:
@@ -292,24 +303,24 @@ def pairs() -> Iterator[tuple[torch.dtype, torch.dtype]]:
 
 
 def forward_configurations() -> Iterator[dict[str, Any]]:
-    for (x, weight), shape, packed in itertools.product(pairs(), shapes(), (False, True)):
+    for (x, weight), shape, packed in with_tiles(pairs()):
         tensors = {"p_x": x, "p_weight": weight, "p_bias": weight, "p_initial": x, "p_dy": x}
         for form, silu in ((Y, False), (Y, True), (GRADIENT, True)):
             constants = {"PASS": form.value, "SILU": silu, "PACKED": packed, **shape}
             out = x if form == Y else real_of(x)
             yield configuration(kernels.causal_conv1d_forward, constants, **tensors, p_y=out)
-    for x, shape, packed in itertools.product(TYPES, shapes(), (False, True)):
+    for x, shape, packed in with_tiles(TYPES):
         constants = {"PACKED": packed, **shape}
         yield configuration(kernels.causal_conv1d_state, constants, p_x=x, p_initial=x, p_final=x)
 
 
 def backward_configurations() -> Iterator[dict[str, Any]]:
-    for (x, weight), shape, packed in itertools.product(pairs(), shapes(), (False, True)):
+    for (x, weight), shape, packed in with_tiles(pairs()):
         for dz, state in itertools.product(dict.fromkeys((x, real_of(x))), (False, True)):
             tensors = {"p_dz": dz, "p_weight": weight, "p_dfinal": x, "p_dx": x}
             constants = {"STATE": state, "PACKED": packed, **shape}
             yield configuration(kernels.causal_conv1d_inputs, constants, **tensors)
-    for x, shape, packed in itertools.product(TYPES, shapes(), (False, True)):
+    for x, shape, packed in with_tiles(TYPES):
         for dz in dict.fromkeys((x, real_of(x))):
             tensors = {"p_dz": dz, "p_x": x, "p_initial": x, "p_sums": real_of(x)}
             yield configuration(kernels.causal_conv1d_weights, {"PACKED": packed, **shape}, **tensors)

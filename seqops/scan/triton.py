@@ -32,9 +32,8 @@ PIECE = 64
 INTERPRETED = triton.knobs.runtime.interpret
 REALS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 # A program is one warp: nothing needs a barrier, and many short programs share a multiprocessor.
-OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
-# Left to itself, ptxas saves registers by spilling a word or two, in float64 and complex kernels.
-MOST_REGISTERS = {"maxnreg": 255}
+# Left to itself, ptxas saves registers by spilling a word or two.
+OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True, "maxnreg": 255}
 WARP = 32
 # Blocks of a dimension, where they fit: few, so that few kernels exist.
 LADDER = (1, 8, 32, 64)
@@ -141,12 +140,7 @@ def launch(kernel: Any, like: Tensor, sizes: tuple[int, int, int], arguments: di
     programs = math.prod(-(-size // width) for size, width in zip(sizes, shape, strict=True))
     if programs:
         with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-            kernel[(programs,)](**{name: real_view(value) for name, value in arguments.items()}, **options(like.dtype))
-
-
-def options(dtype: torch.dtype) -> dict[str, Any]:
-    """Of the compiler, for sequences of this dtype."""
-    return OPTIONS | MOST_REGISTERS if dtype.is_complex or dtype == torch.float64 else OPTIONS
+            kernel[(programs,)](**{name: real_view(value) for name, value in arguments.items()}, **OPTIONS)
 
 
 def real_view(value: Any) -> Any:
@@ -702,7 +696,7 @@ def configuration(
     types = {name: "*" + TYPES[REALS.get(dtype, dtype)] for name, dtype in pointers.items()}
     types |= dict.fromkeys(("p_edges", "p_sequence", "p_tile"), "*i64")
     sizes = {name: "i32" for name in kernel.arg_names if name not in types and name not in constants}
-    return {"kernel": kernel, "types": types | sizes, "constants": constants, "options": options(state)}
+    return {"kernel": kernel, "types": types | sizes, "constants": constants, "options": OPTIONS}
 
 
 def blocks(room: int) -> Iterator[dict[str, int]]:
