@@ -191,7 +191,7 @@ def with_includes(files: Iterable[Path], root: Path) -> set[Path]:
 
 
 def find_unserved() -> list[str]:
-    """Public operators without a GPU kernel."""
+    """Public operators without a GPU kernel of their own: those made of others run on the kernels of these."""
     from seqops.core import backend
 
     return sorted(set(backend.table()) - {kernel.operator for kernel in find_kernels()})
@@ -600,7 +600,7 @@ def render(
             "*Changed since*: files of the kernel that are not those that passed."
         ]
     if unserved:
-        parts += ["Operators without a GPU kernel: " + ", ".join(f"`{name}`" for name in unserved) + "."]
+        parts += ["Operators without a GPU kernel of their own: " + ", ".join(f"`{name}`" for name in unserved) + "."]
     parts += [*exchange_section(records), *cold_section(records)]
     if records:
         parts += ["## Runs", *map(describe_run, records)]

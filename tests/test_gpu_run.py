@@ -1080,7 +1080,7 @@ def test_page_without_any_run() -> None:
         ["`scan`", "forward", "cuda", "none", "never", "", "", "", "simulator only"],
         ["`scan`", "backward", "triton", "none", "never", "", "", "", "interpreter only"],
     ]
-    assert "Operators without a GPU kernel: `lstm`." in page
+    assert "Operators without a GPU kernel of their own: `lstm`." in page
 
 
 def test_page_with_runs(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def place(D, Hk, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def push(queue, value):
-    return queue + (value,)  # noqa: RUF005
+    return queue + (value,)  # noqa: RUF005  no starred items
 
 
 @triton.jit(do_not_specialize=["T", "Hk", "D"])

@@ -251,7 +251,8 @@ def vmap_of_batch(op: Operator, alone: Sequence[str] = ()) -> Callable[..., Any]
         pairs = list(zip(flat, in_dims, strict=True))
         if any(dim is not None for (_, dim), apart in zip(pairs, shared, strict=True) if apart):
             runs = [call(*(v if dim is None else v.select(dim, i) for v, dim in pairs)) for i in range(size)]
-            outputs = torch.stack(runs) if isinstance(runs[0], Tensor) else tuple(map(torch.stack, zip(*runs)))  # noqa: B905
+            single = isinstance(runs[0], Tensor)
+            outputs = torch.stack(runs) if single else tuple(map(torch.stack, zip(*runs, strict=True)))
         else:
             joined = (v if apart else fold(v, dim, size, 0) for (v, dim), apart in zip(pairs, shared, strict=True))
             outputs = split(call(*joined), size)
