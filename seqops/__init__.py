@@ -32,6 +32,7 @@ from .linear_attention import linear_attention
 from .rnn import elman, gru, lstm, slstm
 from .scan import grid_scan, linear_scan, softmax_scan
 from .ssm import cauchy_kernel, conv_ssm, ssm_kernel
+from .ttt import large_chunk_ttt, neural_memory, newton_schulz
 
 read_environment()
 
@@ -51,10 +52,13 @@ __all__ = [
     "gathered_attention",
     "grid_scan",
     "gru",
+    "large_chunk_ttt",
     "linear_attention",
     "linear_scan",
     "lstm",
     "merge_attention",
+    "neural_memory",
+    "newton_schulz",
     "nn",
     "prob_sparse_attention",
     "range_attention",

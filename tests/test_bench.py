@@ -23,7 +23,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import seqops
 from bench import __main__ as command
-from bench import attention_peers, cuda, harness, memory, record, report, rnn, rnn_contenders, suite, tables
+from bench import (
+    attention_peers,
+    cuda,
+    harness,
+    large_chunk_ttt,
+    memory,
+    neural_memory,
+    newton_schulz,
+    record,
+    report,
+    rnn,
+    rnn_contenders,
+    suite,
+    tables,
+)
 from bench.harness import BACKWARD, FORWARD, INFERENCE, OURS, REFERENCE, TRAINING
 from seqops.core import backend, launch
 
@@ -753,6 +767,55 @@ def test_contenders_of_attention_compute_the_same(case: harness.Case) -> None:
     for name in (OURS, *case.peers):
         errors = harness.compare(harness.evaluate(case, name, mode, steps), expected)
         assert all(error < bound for error in errors.values()), (name, errors)
+
+
+ALL_PEERS = (neural_memory.LOOP, neural_memory.CHUNKED)
+LEARNING = [
+    newton_schulz.make_case(newton_schulz.Shape(3, 20, 12)),
+    *(
+        large_chunk_ttt.make_case(large_chunk_ttt.Shape(2, 11, 3, 8, 6, 4, **options), sgemm=False)
+        for options in ({}, {"optimizer": "muon", "momentum": True}, {"order": "update_apply"})
+    ),
+    *(neural_memory.make_case(neural_memory.Shape(2, 12, 3, 8, F, 4), peers=ALL_PEERS) for F in (0, 12)),
+    neural_memory.make_case(neural_memory.Shape(2, 12, 3, 8, 12, 4, momentum=False), peers=ALL_PEERS),
+]
+
+
+@pytest.mark.parametrize("case", LEARNING, ids=lambda case: case.name.replace(" ", "-"))
+def test_contenders_of_test_time_training_compute_the_same(case: harness.Case) -> None:
+    expected = harness.evaluate(case, REFERENCE, TRAINING, case.steps)
+    for name in (OURS, *case.peers):
+        errors = harness.compare(harness.evaluate(case, name, TRAINING, case.steps), expected)
+        # Newton-Schulz steps enlarge the rounding of small singular values.
+        assert all(error < 1e-4 for error in errors.values()), (name, errors)
+
+
+@pytest.mark.parametrize("F", [0, 12])
+def test_titans_computes_the_same_with_gates_per_token(F: int) -> None:
+    """Another implementation of the same rule, where it is installed."""
+    pytest.importorskip("titans_pytorch")
+    case = neural_memory.make_case(neural_memory.Shape(2, 12, 3, 8, F, 4), peers=(neural_memory.TITANS_EXACT,))
+    expected = harness.evaluate(case, OURS, TRAINING, 12)
+    errors = harness.compare(harness.evaluate(case, neural_memory.TITANS_EXACT, TRAINING, 12), expected)
+    assert all(error < 1e-5 for error in errors.values()), errors
+
+
+def test_sgemm_does_the_operations_of_its_case() -> None:
+    case = next(case for case in large_chunk_ttt.CPU_CASES if case.yardsticks)
+    for mode in case.modes:
+        with FlopCounterMode(display=False) as counter:
+            case.build_yardsticks(mode)[large_chunk_ttt.SGEMM].run()
+        assert counter.get_total_flops() == pytest.approx(case.flops[mode], rel=1e-3)
+
+
+def test_operations_of_large_chunks_are_those_that_torch_counts() -> None:
+    """Of plain bmm, forward, which computes nothing twice."""
+    for options in ({}, {"order": "update_apply"}, {"optimizer": "muon"}):
+        case = large_chunk_ttt.make_case(large_chunk_ttt.Shape(1, 12, 2, 8, 6, 4, **options))
+        contender = case.build(large_chunk_ttt.PLAIN, case.steps)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            contender.run()
+        assert counter.get_total_flops() == case.flops[FORWARD]
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name.replace(" ", "-"))

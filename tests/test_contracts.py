@@ -35,6 +35,9 @@ from seqops.core import backend as backends
 COMPOSITES = [op for op in cases.OPERATORS if op in backends._made_of]
 OWN_KERNELS = [op for op in cases.OPERATORS if op not in COMPOSITES]
 ATTENTION = [op for op in cases.OPERATORS if getattr(seqops, op).__module__.startswith("seqops.attention.")]
+TTT = [op for op in cases.OPERATORS if getattr(seqops, op).__module__.startswith("seqops.ttt.")]
+# Of one tensor: nothing can be mapped, or differentiated by, beside it.
+ALONE = ("newton_schulz",)
 # What they return is an index, or comes with the promise that it has no gradient.
 WITHOUT_GRADIENT = [op for op in ATTENTION if op in ("cluster_assign", "update_centroids")]
 WITH_GRADIENT = [op for op in cases.OPERATORS if op not in WITHOUT_GRADIENT]
@@ -75,6 +78,7 @@ def every(operators: Sequence[str], *options: dict[str, Any]) -> list[tuple[str,
 PACKED = {"B": 1, "T": 7, "packed": True}
 REVERSED = {"reverse": True}
 CAUSAL = (("causal", True),)
+MUON = ("optimizer", "muon")
 
 
 def reversed_if_possible(op: str) -> dict[str, Any]:
@@ -118,6 +122,10 @@ VARIANTS = with_options(
     *every(("gathered_attention",), {}, {"options": (("reduce", "sum"), *CAUSAL)}, {"options": (("reduce", "last"),)}),
     *every(("routing_attention",), {}, {"options": (("causal", False),)}),
     *every(("pointer_scores",), {}, {"mode": "clipped_dot", "weight": "none", "lengths": True}),
+    *every(("newton_schulz",), {}, {"T": 2, "N": 5, "more": (2,)}),
+    *every(("large_chunk_ttt",), {}, {"T": 4, "momentum": "none", "options": (("order", "update_apply"), MUON)}),
+    *every(("neural_memory",), {}, {"F": None, "gates": "none", "state": False, "options": (("window", 2),)}),
+    *every(("neural_memory",), {"gates": "decay", "options": (("loss", "dot"), MUON)}),
 )
 
 
@@ -173,6 +181,9 @@ def checked_cases() -> list[Any]:
         *params("small", where=of_grid, operators=grid_scan.OPERATORS),
         *params("tiny", where=lambda case: case.layout == "contiguous", operators=linear_attention.OPERATORS),
         *params("small", where=of_attention, operators=ATTENTION),
+        *params("tiny", where=lambda case: case.steps == "two" or case.N in (9, 24), operators=("newton_schulz",)),
+        *params("small", where=lambda case: case.B == 2 and case.T == 0, operators=TTT[1:]),
+        *params("tiny", operators=TTT[1:]),
     ]
 
 
@@ -183,9 +194,9 @@ def checked_cases() -> list[Any]:
 def test_opcheck(case: Case) -> None:
     """The public operator with gradients wanted, then every operator, public or private, that a step calls."""
     public = getattr(torch.ops.seqops, case.op).default
-    names = [argument.name for argument in public._schema.arguments if not argument.kwarg_only]
-    inputs = case.inputs()
-    positional = tuple(inputs.pop(name, None) for name in names)
+    arguments = [argument for argument in public._schema.arguments if not argument.kwarg_only]
+    inputs = case.listed(case.inputs())
+    positional = tuple(inputs.pop(argument.name, argument.default_value) for argument in arguments)
     torch.library.opcheck(public, positional, inputs)
     for op, args, kwargs in recorded(case):
         args = tuple(a.detach().clone() if torch.is_tensor(a) else a for a in args)
@@ -238,6 +249,9 @@ FEWER = {
     "linear_attention": {"B": 2, "T": 3, "H": 2, "K": 2, "V": 3},
     "conv_ssm": {"B": 2, "T": 3, "picture": (2, 2), "U": 2, "P": 2, "kernels": ((2, 3), (1, 2), (1, 1))},
     "grid_scan": {"B": 1, "T": 2, "Y": 2, "H": 1, "D": 2},
+    "newton_schulz": {"B": 2, "T": 3, "N": 2},
+    "large_chunk_ttt": {"B": 1, "T": 7, "H": 1, "D": 2, "F": 3, "C": 3},
+    "neural_memory": {"B": 1, "T": 7, "H": 1, "D": 2, "F": 3, "C": 3},
 }
 
 
@@ -268,6 +282,11 @@ def gradient_case(op: str, **options: Any) -> tuple[Case, dict[str, Any], dict[s
         *every(causal_conv1d.OPERATORS, {"silu": False, "state": False, "bias": False}, PACKED),
         *every(("linear_scan",), {"gate": "B0"}, {"gate": "T1", "gaps": True}, {"gate": "", **PACKED}),
         *every(("linear_scan",), {"dtype": torch.complex128}, {"gate_dtype": torch.complex128, "gate": "1"}),
+        *every(("newton_schulz",), {"T": 2, "N": 4, "steps": "muon"}),
+        *every(("large_chunk_ttt",), {"options": (("order", "update_apply"), ("weight_norm", False))}),
+        *every(("large_chunk_ttt",), {"momentum": "gates", "options": (("order", "full"), MUON)}),
+        *every(("neural_memory",), {"options": (("window", 2), ("loss", "dot"))}, {"options": (MUON,)}),
+        *every(("neural_memory",), {"F": None, "gates": "edges"}, {"gates": "none", "state": False}),
     ),
 )
 def test_gradcheck(op: str, options: dict[str, Any]) -> None:
@@ -345,7 +364,7 @@ def loss_of(function: Callable[..., tuple[Tensor, ...]], options: dict[str, Any]
 
 def jacobians(f: Callable[..., Tensor], values: tuple[Tensor, ...]) -> Any:
     """With respect to the first two arguments, or the one of them that is real: jacrev takes no others."""
-    real = [i for i in (0, 1) if not values[i].is_complex()]
+    real = [i for i, value in enumerate(values[:2]) if not value.is_complex()]
     if not real:
         pairs = [torch.view_as_real(value.resolve_conj()) for value in values[:2]]
         parts = lambda a, b: f(*map(torch.view_as_complex, (a, b)), *values[2:])  # noqa: E731
@@ -406,10 +425,12 @@ def precision(case: Case) -> dict[str, float]:
 @pytest.mark.parametrize(("op", "options"), VARIANTS)
 def test_function_transforms(op: str, options: dict[str, Any], transform: str) -> None:
     """As the same transform of the reference."""
+    if op in ALONE and ("second" in transform or "not mapped" in transform):
+        pytest.skip("there is no second tensor")
     case, tensors, rest = drawn(op, **options)
     # Three different copies to map over.
     values = tuple(torch.stack([v, v.flip(0) * 0.7, v + 0.1]) for v in tensors)
-    got = TRANSFORMS[transform](loss_of(of_leaves(case, getattr(seqops, op)), rest), values)
+    got = TRANSFORMS[transform](loss_of(of_leaves(case, case.operator), rest), values)
     expected = TRANSFORMS[transform](loss_of(of_leaves(case, case.reference), rest), values)
     torch.testing.assert_close(got, expected, **precision(case))
 
@@ -428,12 +449,17 @@ def test_transform_inside_ordinary_autograd(op: str) -> None:
     """The value that grad_and_value returns keeps the outer graph."""
     case, inputs, leaves, _ = gradient_case(op)
     values, rest = tuple(leaves.values()), others(inputs)
+    if op in ALONE:
+        values = (values[0], torch.tensor(0.7, dtype=torch.float64, requires_grad=True))
 
     def outer(function: Callable[..., tuple[Tensor, ...]]) -> Tensor:
+        if op in ALONE:
+            single = function
+            function = lambda x, factor, **options: single((x + 1) * factor, **options)  # noqa: E731
         value = torch.func.grad_and_value(loss_of(function, rest))(values[0].detach(), *values[1:])[1]
         return torch.autograd.grad(value, values[1])[0]
 
-    got, expected = (outer(of_leaves(case, f)) for f in (getattr(seqops, op), case.reference))
+    got, expected = (outer(of_leaves(case, f)) for f in (case.operator, case.reference))
     torch.testing.assert_close(got, expected, **precision(case))
 
 
@@ -468,7 +494,8 @@ def test_compile_with_dynamic_shapes(op: str, fresh_compiler: None) -> None:
     Torch itself treats sizes of 0 and 1 apart, and the gradient of r has one of T - 1.
     """
     options = reversed_if_possible(op) | ({"grad_clip": 0.3} if op in rnn.OPERATORS else {})
-    call = of_leaves(example(op), as_tuple(getattr(torch.ops.seqops, op)))
+    case = example(op)
+    call = of_leaves(case, case.adapted(getattr(torch.ops.seqops, op)))
 
     def step(*values: Tensor, **rest: Any) -> tuple[Tensor, ...]:
         outputs = call(*values, **(rest | options))
@@ -514,10 +541,11 @@ def test_compile_with_any_number_of_sequences(op: str, fresh_compiler: None) -> 
 
 @pytest.mark.parametrize(("op", "options"), VARIANTS)
 def test_compile_the_public_function(op: str, options: dict[str, Any], fresh_compiler: None) -> None:
-    inputs = example(op, **options).inputs()
-    compiled = torch.compile(getattr(seqops, op), fullgraph=True, backend="aot_eager")
+    case = example(op, **options)
+    inputs = case.inputs()
+    compiled = torch.compile(case.operator, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        got, expected = compiled(**inputs), getattr(seqops, op)(**inputs)
+        got, expected = compiled(**inputs), case.operator(**inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -529,7 +557,7 @@ def test_compile_of_transforms(op: str, fresh_compiler: None) -> None:
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, backend="aot_eager")
 
-    ours, theirs = (loss_of(of_leaves(case, f), rest) for f in (getattr(seqops, op), case.reference))
+    ours, theirs = (loss_of(of_leaves(case, f), rest) for f in (case.operator, case.reference))
     torch.testing.assert_close(
         compiled(torch.func.grad(ours))(*values), torch.func.grad(theirs)(*values), **precision(case)
     )
@@ -560,10 +588,11 @@ def test_first_call_of_a_process_is_compiled(run_python: Callable[..., str]) -> 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_export_with_dynamic_batch_and_time(op: str) -> None:
     options = {"lengths": True, "states": False} if op in rnn.OPERATORS else {}
-    given = example(op, B=3, T=5, **options).inputs()
+    case = example(op, B=3, T=5, **options)
+    given = case.inputs()
     names = [name for name, value in given.items() if torch.is_tensor(value)]
     plain = {name: value for name, value in given.items() if name not in names} | reversed_if_possible(op)
-    call = as_tuple(getattr(torch.ops.seqops, op))
+    call = case.adapted(getattr(torch.ops.seqops, op))
 
     class Module(torch.nn.Module):
         def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
@@ -597,6 +626,9 @@ def test_export_with_dynamic_batch_and_time(op: str) -> None:
         "gathered_attention": (sequence, sequence, sequence, row, row),
         "routing_attention": (sequence, sequence, sequence, None),
         "pointer_scores": (sequence, row, None),
+        "newton_schulz": (sequence,),
+        "large_chunk_ttt": (sequence,) * 3 + (row,) * 3 + (sequence,) * 2 + (row,) * 3,
+        "neural_memory": (sequence,) * 4 + (row,) * 2 + (sequence,) * 2 + (row,) * 2,
     }.get(op, (sequence, None, None, row))
     exported = torch.export.export(Module(), arguments(3, 5), dynamic_shapes=(dynamic,))
     assert [str(n.target) for n in exported.graph.nodes if "seqops" in str(n.target)] == [f"seqops.{op}.default"]
@@ -644,10 +676,14 @@ def test_autocast_casts_no_scan(op: str, dtype: torch.dtype) -> None:
         cases.assert_same_bits(cases.evaluate(case.operator, inputs, cotangents), expected)
 
 
-@pytest.mark.parametrize("op", [op for op in ATTENTION if op in WITH_GRADIENT])
+@pytest.mark.parametrize("op", [*(op for op in ATTENTION if op in WITH_GRADIENT), *TTT])
 def test_autocast_of_attention(op: str) -> None:
-    """What the products multiply takes the autocast dtype, lse stays in float32, gradients have the inputs' dtype."""
-    case, narrow = example(op), example(op, dtype=torch.bfloat16)
+    """What the products multiply takes the autocast dtype, lse stays in float32, gradients have the inputs' dtype.
+
+    So it is in test-time training, where weights and gates stay in float32.
+    """
+    wide = {"wide": True} if op in TTT[1:] else {}
+    case, narrow = example(op), example(op, dtype=torch.bfloat16, **wide)
     inputs = case.inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = case.operator(**inputs)
@@ -669,7 +705,7 @@ def is_narrow(value: Any) -> bool:
     return torch.is_tensor(value) and value.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("op", [*rnn.OPERATORS, *(op for op in ATTENTION if op in WITH_GRADIENT)])
+@pytest.mark.parametrize("op", [*rnn.OPERATORS, *(op for op in ATTENTION if op in WITH_GRADIENT), *TTT])
 def test_autocast_around_the_backward(op: str) -> None:
     """A forward in float32 has its gradients in float32, wherever the backward is called."""
     case = example(op)
@@ -842,7 +878,7 @@ def test_forced_backend_that_cannot_serve_says_why(
     assert reason
     context = torch.enable_grad if mode == "grad" else torch.inference_mode
     with context(), seqops.backend(name), pytest.raises(RuntimeError) as caught:
-        getattr(seqops, op)(**inputs)
+        example(op).operator(**inputs)
     text = str(caught.value)
     assert text.startswith(f"seqops::{op}: backend '{name}' cannot serve this call: {reason}; backends that exist: ref")
     variable = {"triton": "TRITON_INTERPRET", "cuda": "SEQOPS_SIMULATE"}[name]
@@ -854,11 +890,15 @@ def test_forced_backend_that_cannot_serve_says_why(
 def on_cuda_key(op: str, inputs: dict[str, Any]) -> Any:
     """The kernel that CUDA tensors reach, called with CPU tensors."""
     overload = getattr(torch.ops.seqops, op).default
-    positional = [inputs.get(a.name) for a in overload._schema.arguments if not a.kwarg_only]
-    named = {a.name: inputs[a.name] for a in overload._schema.arguments if a.kwarg_only and a.name in inputs}
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+    def call(**given: Any) -> Any:
+        positional = [given.get(a.name, a.default_value) for a in overload._schema.arguments if not a.kwarg_only]
+        named = {a.name: given[a.name] for a in overload._schema.arguments if a.kwarg_only and a.name in given}
+        return overload.redispatch(keys, *positional, **named)
+
     with torch.no_grad():
-        return as_tuple(overload.redispatch)(keys, *positional, **named)
+        return example(op).adapted(call)(**inputs)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this key has kernels")
@@ -896,7 +936,7 @@ class Module(types.ModuleType):
             raise LookupError(f"{self.__name__}.{name}")
         return serve
 
-for room in ("rnn", "scan", "ssm", "conv", "linear_attention", "attention"):
+for room in ("rnn", "scan", "ssm", "conv", "linear_attention", "attention", "ttt"):
     sys.modules[f"seqops.{room}.triton"] = Module(f"seqops.{room}.triton")
 for op in OWN_KERNELS:
     try:
@@ -986,9 +1026,10 @@ def test_forced_by_the_environment(run_python: Callable[..., str]) -> None:
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_compile_under_a_forced_backend(op: str, fresh_compiler: None, reference_calls: list[int]) -> None:
-    inputs = example(op).inputs()
-    compiled = torch.compile(getattr(seqops, op), fullgraph=True, backend="aot_eager")
+    case = example(op)
+    inputs = case.inputs()
+    compiled = torch.compile(case.operator, fullgraph=True, backend="aot_eager")
     with seqops.backend("reference"), torch.no_grad():
         got = compiled(**inputs)
-        expected = getattr(seqops, op)(**inputs)
+        expected = case.operator(**inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

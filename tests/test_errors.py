@@ -13,6 +13,7 @@ import torch
 from cases import rnn, scan
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import seqops
 from seqops.core import backend as backends
@@ -102,6 +103,15 @@ GOOD = {
         **{"sample_index": of(5, 4, dtype=torch.int64), "top": 2},
     },
     "pointer_scores": {"query": of(2, 5, 8), "key": of(2, 4, 8), "weight": of(8)},
+    "newton_schulz": {"x": of(2, 5, 8)},
+    "large_chunk_ttt": {
+        **dict.fromkeys(("q", "k", "v"), of(2, 5, 3, 8)),
+        **{"w0": of(2, 3, 6, 8), "w1": of(2, 3, 8, 6), "w2": of(2, 3, 6, 8), "lr": of(2, 5, 3, 3), "chunk_size": 2},
+    },
+    "neural_memory": {
+        **dict.fromkeys(("q", "k", "v"), of(2, 5, 3, 8)),
+        **{"lr": of(2, 5, 3), "weights": [of(2, 3, 6, 8), of(2, 3, 8, 6)], "chunk_size": 2},
+    },
 }
 # What else may be given, with its shape.
 OTHERS = {
@@ -128,6 +138,12 @@ OTHERS = {
     "update_centroids": {},
     "prob_sparse_attention": {},
     "pointer_scores": {},
+    "newton_schulz": {},
+    "large_chunk_ttt": {"momentum": (2, 5, 3), "momentum_state": [(2, 3, 6, 8), (2, 3, 8, 6), (2, 3, 6, 8)]},
+    "neural_memory": {
+        **dict.fromkeys(("decay", "momentum"), (2, 5, 3)),
+        "momentum_state": [(2, 3, 6, 8), (2, 3, 8, 6)],
+    },
 }
 HEADED = (
     "chunked_attention",
@@ -805,8 +821,110 @@ POINTER = [
     ("key: expected [B, Tk, A] = [2, Tk, 8], got [1]", {"key": of(1), "weight": of(1), "lengths": integers(1)}),
     ("lengths: expected [B] = [0], got [1]", {"query": of(0, 5, 8), "key": of(0, 4, 8), "lengths": integers(1)}),
 ]
+NEWTON_SCHULZ = [
+    *(
+        (f"x: expected at least 2 dimensions [..., M, N], got shape {[*shape]}", {"x": of(*shape)})
+        for shape in ((), (5,))
+    ),
+    *(
+        (f"x: expected float32, float64, bfloat16 or float16, got {name}", {"x": of(5, 8, dtype=dtype)})
+        for name, dtype in (("int64", torch.int64), ("complex64", torch.complex64))
+    ),
+    *(
+        (f"coefficients: expected a multiple of 3 numbers, got {count} numbers", {"coefficients": [0.5] * count})
+        for count in (1, 4, 14)
+    ),
+    ("eps: expected a number >= 0, got -1", {"eps": -1.0}),
+    ("eps: expected a number >= 0, got nan", {"eps": math.nan}),
+    # Of several mistakes the first in the order of the arguments is told.
+    ("x: expected at least 2 dimensions [..., M, N], got shape [8]", {"x": of(8), "coefficients": [1.0]}),
+]
+NARROW_HEADS = dict.fromkeys(("q", "k", "v"), of(2, 5, 3, 8, dtype=torch.bfloat16))
+# Of both operators whose weights learn from keys and values.
+LEARNING = [
+    ("q: expected 4 dimensions [B, T, H, D], got shape [2, 5, 3]", {"q": of(2, 5, 3)}),
+    ("q: expected float32, float64, bfloat16 or float16, got int64", {"q": of(2, 5, 3, 8, dtype=torch.int64)}),
+    ("q: expected at least 1 head and 1 channel, got shape [2, 5, 0, 8]", {"q": of(2, 5, 0, 8)}),
+    ("q: expected at least 1 head and 1 channel, got shape [2, 5, 3, 0]", {"q": of(2, 5, 3, 0)}),
+    ("k: expected float32, got bfloat16", {"k": of(2, 5, 3, 8, dtype=torch.bfloat16)}),
+    *(
+        (f"{name}: expected [B, T, H, D] = [2, 5, 3, 8], got {[*shape]}", {name: of(*shape)})
+        for name, shape in (("k", (2, 4, 3, 8)), ("k", (2, 5, 8)), ("v", (2, 5, 1, 8)), ("v", (2, 5, 3, 7)))
+    ),
+    *((f"chunk_size: expected an integer >= 1, got {size}", {"chunk_size": size}) for size in (0, -4)),
+    ("momentum: expected [B, T, H] = [2, 5, 3], got [2, 5, 3, 1]", {"momentum": of(2, 5, 3, 1)}),
+    ("momentum: expected float32, got float64", {"momentum": of(2, 5, 3, dtype=torch.float64)}),
+    ("optimizer: expected one of gd, muon, got 'adam'", {"optimizer": "adam"}),
+    # Of several mistakes the first in the order of the arguments is told.
+    ("k: expected [B, T, H, D] = [2, 5, 3, 8], got [1]", {"k": of(1), "lr": of(1), "chunk_size": 0}),
+]
+LARGE_CHUNK = [
+    ("w0: expected 4 dimensions [B, H, F, D], got shape [3, 6, 8]", {"w0": of(3, 6, 8)}),
+    ("w0: expected [B, H, F, D] = [2, 3, 6, 8], got [2, 3, 6, 7]", {"w0": of(2, 3, 6, 7)}),
+    ("w1: expected [B, H, D, F] = [2, 3, 8, 6], got [2, 3, 6, 8]", {"w1": of(2, 3, 6, 8)}),
+    ("w2: expected [B, H, F, D] = [2, 3, 6, 8], got [2, 3, 5, 8]", {"w2": of(2, 3, 5, 8)}),
+    (
+        "w0: expected at least 1 hidden channel, got shape [2, 3, 0, 8]",
+        {"w0": of(2, 3, 0, 8), "w1": of(2, 3, 8, 0), "w2": of(2, 3, 0, 8)},
+    ),
+    ("w2: expected float32, got float64", {"w2": of(2, 3, 6, 8, dtype=torch.float64)}),
+    ("w0: expected bfloat16 or float32, got float16", {**NARROW_HEADS, "w0": of(2, 3, 6, 8, dtype=torch.float16)}),
+    ("lr: expected [B, T, H, 3] = [2, 5, 3, 3], got [2, 5, 3]", {"lr": of(2, 5, 3)}),
+    ("lr: expected float32, got bfloat16", {"lr": of(2, 5, 3, 3, dtype=torch.bfloat16)}),
+    *(
+        (f"momentum_state: expected 3 tensors, got {count}", {"momentum_state": [of(2, 3, 6, 8)] * count})
+        for count in (0, 1, 4)
+    ),
+    (
+        "momentum_state[1]: expected [B, H, D, F] = [2, 3, 8, 6], got [2, 3, 6, 8]",
+        {"momentum_state": [of(2, 3, 6, 8)] * 3},
+    ),
+    ("order: expected one of apply_update, update_apply, full, got 'update'", {"order": "update"}),
+    *(
+        (f"coefficients: expected a multiple of 3 numbers, got {count} numbers", {"coefficients": [0.5] * count})
+        for count in (1, 4)
+    ),
+    # Of several mistakes the first in the order of the arguments is told.
+    ("lr: expected [B, T, H, 3] = [2, 5, 3, 3], got [1]", {"lr": of(1), "chunk_size": 0, "order": ""}),
+]
+MEMORY = [
+    ("lr: expected [B, T, H] = [2, 5, 3], got [2, 5, 3, 3]", {"lr": of(2, 5, 3, 3)}),
+    ("lr: expected float32, got float64", {"lr": of(2, 5, 3, dtype=torch.float64)}),
+    ("decay: expected [B, T, H] = [2, 5, 3], got [2, 3, 5]", {"decay": of(2, 3, 5)}),
+    ("decay: expected bfloat16 or float32, got float16", {**NARROW_HEADS, "decay": of(2, 5, 3, dtype=torch.float16)}),
+    *((f"weights: expected 1 or 2 tensors, got {count}", {"weights": [of(2, 3, 8, 8)] * count}) for count in (0, 3)),
+    ("weights[0]: expected [B, H, D, D] = [2, 3, 8, 8], got [2, 3, 6, 8]", {"weights": [of(2, 3, 6, 8)]}),
+    ("weights[0]: expected 4 dimensions [B, H, F, D], got shape [3, 6, 8]", {"weights": [of(3, 6, 8), of(2, 3, 8, 6)]}),
+    (
+        "weights[0]: expected at least 1 hidden channel, got shape [2, 3, 0, 8]",
+        {"weights": [of(2, 3, 0, 8), of(2, 3, 8, 0)]},
+    ),
+    ("weights[1]: expected [B, H, D, F] = [2, 3, 8, 6], got [2, 3, 6, 8]", {"weights": [of(2, 3, 6, 8)] * 2}),
+    ("weights[1]: expected float32, got float64", {"weights": [of(2, 3, 6, 8), of(2, 3, 8, 6, dtype=torch.float64)]}),
+    *(
+        (f"momentum_state: expected 2 tensors, got {count}", {"momentum_state": [of(2, 3, 6, 8)] * count})
+        for count in (0, 1, 3)
+    ),
+    (
+        "momentum_state[1]: expected [B, H, D, F] = [2, 3, 8, 6], got [2, 3, 6, 8]",
+        {"momentum_state": [of(2, 3, 6, 8)] * 2},
+    ),
+    (
+        "momentum_state[0]: expected [B, H, D, D] = [2, 3, 8, 8], got [2, 3, 8, 6]",
+        {"weights": [of(2, 3, 8, 8)], "momentum_state": [of(2, 3, 8, 6)]},
+    ),
+    ("loss: expected one of l2, dot, got 'l1'", {"loss": "l1"}),
+    *((f"window: expected an integer >= 1, got {size}", {"window": size}) for size in (0, -1)),
+    # Of several mistakes the first in the order of the arguments is told.
+    ("lr: expected [B, T, H] = [2, 5, 3], got [1]", {"lr": of(1), "weights": [], "window": 0}),
+    ("chunk_size: expected an integer >= 1, got 0", {"chunk_size": 0, "decay": of(1), "loss": ""}),
+]
 MISTAKES = [
     *RNN,
+    *(Mistake("newton_schulz", text, change) for text, change in NEWTON_SCHULZ),
+    *(Mistake(op, text, change) for op in ("large_chunk_ttt", "neural_memory") for text, change in LEARNING),
+    *(Mistake("large_chunk_ttt", text, change) for text, change in LARGE_CHUNK),
+    *(Mistake("neural_memory", text, change) for text, change in MEMORY),
     *(Mistake("gathered_attention", text, change) for text, change in GATHERED),
     *(Mistake("routing_attention", text, change) for text, change in (*CENTROIDS, *SIZES)),
     *(Mistake("cluster_assign", text, change) for text, change in (*TOKENS, *CENTROIDS, *SIZES)),
@@ -852,8 +970,12 @@ MISTAKES = [
 
 
 def arguments(mistake: Mistake, device: str) -> dict[str, Any]:
-    given = GOOD[mistake.op] | mistake.change
-    return {name: make(device) if callable(make) else make for name, make in given.items()}
+    def made(make: Any) -> Any:
+        if isinstance(make, list):
+            return [made(each) for each in make]
+        return make(device) if callable(make) else make
+
+    return {name: made(make) for name, make in (GOOD[mistake.op] | mistake.change).items()}
 
 
 def public(op: str, **inputs: Any) -> Any:
@@ -865,7 +987,7 @@ def schema(op: str, **inputs: Any) -> Any:
 
 
 def training(op: str, **inputs: Any) -> Any:
-    for value in inputs.values():
+    for value in tree_leaves(inputs):
         if torch.is_tensor(value) and (value.is_floating_point() or value.is_complex()):
             value.requires_grad_()
     return getattr(seqops, op)(**inputs)
@@ -920,11 +1042,30 @@ def test_message_without_values(mistake: Mistake, path: Callable[..., Any]) -> N
         path(mistake.op, **arguments(mistake, "cpu"))
 
 
+def one_by_one(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A list `weights` as `weights[0]`, `weights[1]`."""
+    named = {name: value for name, value in arguments.items() if not isinstance(value, list)}
+    lists = {name: value for name, value in arguments.items() if isinstance(value, list)}
+    return named | {f"{name}[{i}]": each for name, value in lists.items() for i, each in enumerate(value)}
+
+
+def in_lists(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What `one_by_one` was given."""
+    lists: dict[str, Any] = {}
+    for name, value in arguments.items():
+        first, bracket, _ = name.partition("[")
+        if bracket:
+            lists.setdefault(first, []).append(value)
+        else:
+            lists[name] = value
+    return lists
+
+
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_devices_must_agree(op: str) -> None:
     first = next(iter(GOOD[op]))
-    made = {name: make("cpu") for name, make in GOOD[op].items() if callable(make)}
-    shapes = {**{name: t.shape for name, t in made.items()}, **OTHERS[op]}
+    made = {name: make("cpu") for name, make in one_by_one(GOOD[op]).items() if callable(make)}
+    shapes = {**{name: t.shape for name, t in made.items()}, **one_by_one(OTHERS[op])}
     # Where the first one is complex, all are.
     dtype = made[first].dtype
     indices = {n: t.dtype for n, t in made.items() if not (t.is_floating_point() or t.is_complex())}
@@ -935,7 +1076,7 @@ def test_devices_must_agree(op: str) -> None:
             change = {
                 n: of(*s, dtype=indices.get(n, dtype), device=theirs if n == name else ours) for n, s in shapes.items()
             }
-            mistake = Mistake(op, f"{name}: expected {first}'s device {ours}, got {theirs}", change)
+            mistake = Mistake(op, f"{name}: expected {first}'s device {ours}, got {theirs}", in_lists(change))
             with refused(mistake):
                 public(op, **arguments(mistake, ours))
     if op in rnn.OPERATORS:
@@ -1022,6 +1163,26 @@ def of_backward(op: str) -> dict[str, Any]:
         q, v, state = torch.zeros(2, 5, 3, 4), torch.zeros(2, 5, 3, 6), torch.zeros(2, 3, 4, 6)
         tensors = {"grad_o": v, "dfinal_state": state, "q": q, "k": q, "v": v}
         return tensors | {"log_decay": q, "initial_state": state}
+    if op == "newton_schulz_backward":
+        x = torch.zeros(2, 5, 4)
+        return {"dx": x, "x": x, "coefficients": [1.0, 2.0, 3.0], "eps": 1e-7}
+    if op == "fast_weights_backward":
+        q, rate = torch.zeros(2, 5, 3, 4), torch.zeros(2, 5, 3)
+        weights = [torch.zeros(2, 3, *sizes) for sizes in ((6, 4), (4, 6), (6, 4))]
+        tensors = [q, q, q, *weights, rate[..., None].expand(2, 5, 3, 3), rate, *weights]
+        kept = torch.ops.seqops.fast_weights_forward(*tensors, 2)[7:]
+        names = "grad_o dw0 dw1 dw2 dm0 dm1 dm2 q k v w0 w1 w2 lr momentum m0 m1 m2 weights sums norms products"
+        return dict(zip(names.split(), (q, *weights, *weights, *tensors, *kept), strict=True)) | {"chunk_size": 2}
+    if op in ("memory", "memory_forward", "memory_backward"):
+        q, rate = torch.zeros(2, 5, 3, 4), torch.zeros(2, 5, 3)
+        weights = {"w1": torch.zeros(2, 3, 6, 4), "w2": torch.zeros(2, 3, 4, 6)}
+        tensors = {"q": q, "k": q, "v": q, "lr": rate, "decay": rate, "momentum": rate, **weights}
+        tensors |= {"s1": weights["w1"], "s2": weights["w2"]}
+        if op != "memory_backward":
+            return tensors | {"chunk_size": 2}
+        grads = {"grad_o": q, **{f"grad_{name}": tensors[name] for name in ("w1", "w2", "s1", "s2")}}
+        states = torch.zeros(2, 3, 1, 96)  # before the only segment: w1, w2, s1, s2
+        return {**grads, **tensors, "states": states, "chunk_size": 2}
     s, v = torch.zeros(2, 5, 3), torch.zeros(2, 5, 3, 4)
     tensors = {"grad_o": v, "grad_lse": s, "s": s, "v": v, "o": v, "m": s, "u": s + 1}
     return tensors | {"initial_lse": s[:, 0], "initial_out": v[:, 0]}
@@ -1169,6 +1330,55 @@ BACKWARD_MISTAKES = [
         {"weight": torch.zeros(5, 3)},
         "weight: expected [D, W] with D = 4 and W >= 1, got [5, 3]",
     ),
+    ("newton_schulz_backward", {"dx": torch.zeros(2, 5, 3)}, "dx: expected x's shape [2, 5, 4], got [2, 5, 3]"),
+    ("newton_schulz_backward", {"dx": torch.zeros(5, 4)}, "dx: expected x's shape [2, 5, 4], got [5, 4]"),
+    ("newton_schulz_backward", {"dx": torch.zeros(2, 5, 4).double()}, "dx: expected float32, got float64"),
+    (
+        "newton_schulz_backward",
+        {"coefficients": [1.0]},
+        "coefficients: expected a multiple of 3 numbers, got 1 numbers",
+    ),
+    *(
+        ("fast_weights_backward", {name: torch.zeros(2, 5)}, f"{name}: expected {letters}, got [2, 5]")
+        for name, letters in (
+            ("grad_o", "[B, T, H, D] = [2, 5, 3, 4]"),
+            ("dw1", "[B, H, D, F] = [2, 3, 4, 6]"),
+            ("dm2", "[B, H, F, D] = [2, 3, 6, 4]"),
+            ("lr", "[B, T, H, 3] = [2, 5, 3, 3]"),
+            ("weights", "[B, H, slots, 3 F D] = [2, 3, 2, 72]"),
+            ("sums", "[B, H, slots, 3 F D] = [2, 3, 2, 72]"),
+            ("norms", "[B, H, U, 2 F + D] = [2, 3, 2, 16]"),
+            ("products", "[B, H, 5, T, F] = [2, 3, 5, 5, 6]"),
+        )
+    ),
+    ("fast_weights_backward", {"grad_o": torch.zeros(2, 5, 3, 4).double()}, "grad_o: expected float32, got float64"),
+    ("fast_weights_backward", {"m1": None}, "momentum_state: expected 3 tensors, got 2"),
+    ("fast_weights_backward", {"chunk_size": 0}, "chunk_size: expected an integer >= 1, got 0"),
+    *(
+        (op, {name: torch.zeros(*shape)}, f"{name}: expected {letters}, got {[*shape]}")
+        for op in ("memory", "memory_forward", "memory_backward")
+        for name, shape, letters in (
+            ("k", (2, 4, 3, 4), "[B, T, H, D] = [2, 5, 3, 4]"),
+            ("lr", (2, 5), "[B, T, H] = [2, 5, 3]"),
+            ("w2", (2, 3, 6, 4), "[B, H, D, F] = [2, 3, 4, 6]"),
+            ("s1", (3, 6, 4), "[B, H, F, D] = [2, 3, 6, 4]"),
+        )
+    ),
+    ("memory", {"w1": torch.zeros(6, 4)}, "w1: expected 4 dimensions [B, H, F, D], got shape [6, 4]"),
+    ("memory", {"w2": None, "s2": None}, "w1: expected [B, H, D, D] = [2, 3, 4, 4], got [2, 3, 6, 4]"),
+    ("memory", {"w1": torch.zeros(2, 3, 4, 4), "w2": None, "s1": None}, "s2: expected None without w2, got a tensor"),
+    ("memory", {"chunk_size": 0}, "chunk_size: expected an integer >= 1, got 0"),
+    *(
+        ("memory_backward", {name: torch.zeros(2, 5)}, f"{name}: expected {letters}, got [2, 5]")
+        for name, letters in (
+            ("grad_o", "[B, T, H, D] = [2, 5, 3, 4]"),
+            ("grad_w1", "[B, H, F, D] = [2, 3, 6, 4]"),
+            ("grad_s2", "[B, H, D, F] = [2, 3, 4, 6]"),
+            ("states", "[B, H, segments, N] = [2, 3, 1, 96]"),
+        )
+    ),
+    ("memory_backward", {"grad_o": torch.zeros(2, 5, 3, 4).double()}, "grad_o: expected float32, got float64"),
+    ("memory_backward", {"states": torch.zeros(2, 3, 1, 96).double()}, "states: expected float32, got float64"),
 ]
 
 

@@ -93,6 +93,7 @@ def beside(file: str, kind: str) -> Iterator[Path]:
         "op.py": ("composed", "op"),
         "cuda.py": ("composed", "cuda", "tiles"),
         "triton.py": ("composed", "triton", "triton_kernels", "triton_configurations", "tiles"),
+        "triton_kernels.py": ("triton_blocks",),
         "triton_configurations.py": ("triton", "triton_kernels", "tiles"),
         "tune.py": ("op", "reference", "tiles", "triton", "tune"),
     }

@@ -58,22 +58,31 @@ def by_kind(
 
 
 def triton_parameters() -> Iterator[Any]:
-    """Configurations, each with an architecture, all but one of a kind marked slow."""
+    """Configurations, each with an architecture, all but one of a kind marked slow; so are those that say `seldom`."""
     if not HAS_TRITON:
         return
     # Counted in each room, so that its examples do not depend on the other rooms.
     kinds = [numbered for room in rooms() for numbered in enumerate(by_kind(listed_in(room), triton_kind))]
     for i, members in kinds:
+        met = set()
+        often = [j for j, configuration in enumerate(members) if not configuration.get("seldom")]
         for j, configuration in enumerate(members):
-            example = i % len(members)
+            example = often[i % len(often)] if often else -1  # of a kind that is slow to compile, none
             among = [each for each in ARCHITECTURES if runs_on(configuration, each)]
             # Where there are fewer configurations than architectures, each is compiled for several.
             for turn in range(-(-len(ARCHITECTURES) // len(members))):
                 architecture = among[(i + j - example + turn * len(members)) % len(among)]
                 # A thousand seconds of compiling: what is left here differs from what runs in constants only.
                 marks = () if j == example and turn == 0 else pytest.mark.slow
-                identity = f"{triton_name(configuration)}-{architecture}"
-                yield pytest.param(configuration, architecture, marks=marks, id=identity)
+                met.add(architecture)
+                yield parameter(configuration, architecture, marks)
+        for architecture in (each for each in ARCHITECTURES if each not in met):  # where few may be chosen there
+            configuration = next(each for each in members if runs_on(each, architecture))
+            yield parameter(configuration, architecture, pytest.mark.slow)
+
+
+def parameter(configuration: Configuration, architecture: str, marks: Any) -> Any:
+    return pytest.param(configuration, architecture, marks=marks, id=f"{triton_name(configuration)}-{architecture}")
 
 
 def runs_on(configuration: Configuration, architecture: str) -> bool:

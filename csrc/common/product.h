@@ -49,16 +49,27 @@ template <class T, int ROWS, int VECTORS>
 void product_tile(Strided<T> a, const T* b, int64_t b_row, int64_t depth, T* out, int64_t out_row, Keep<T> keep) {
   constexpr int L = LANES<T>;
   Vector<T> sum[ROWS][VECTORS] = {};
-  for (int64_t d = 0; d < depth; ++d, b += b_row, a.p += a.depth) {
+  // Three rows to a pointer, one or two strides away: with a pointer for each of 12 rows, most would lie in memory.
+  constexpr int POINTERS = (ROWS + 2) / 3;
+  const T* p[POINTERS];
+#pragma GCC unroll 16
+  for (int i = 0; i < POINTERS; ++i) {
+    p[i] = a.p + 3 * i * a.row;
+    asm("" : "+r"(p[i]));  // or the compiler goes back to one pointer and twelve offsets
+  }
+  for (int64_t d = 0; d < depth; ++d, b += b_row) {
     Vector<T> line[VECTORS];
 #pragma GCC unroll 16
     for (int v = 0; v < VECTORS; ++v) line[v] = load(b + v * L);
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m) {
-      const Vector<T> x = a.p[m * a.row] - Vector<T>{};  // one broadcast: unlike 0 + x this is x, whatever its sign
+      const Vector<T> x =
+          p[m / 3][m % 3 * a.row] - Vector<T>{};  // one broadcast: unlike 0 + x this is x, whatever its sign
 #pragma GCC unroll 16
       for (int v = 0; v < VECTORS; ++v) sum[m][v] += x * line[v];
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < POINTERS; ++i) p[i] += a.depth;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m) {

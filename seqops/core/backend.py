@@ -222,6 +222,15 @@ def serve_python(op_name: str, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
+def serve_by(name: str, op_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call another backend's function: for a backend that leaves part of an operator's calls to it."""
+    function = _served.get(op_name, {}).get(name)
+    device = _device_of(args)
+    if function is None or reason_missing(op_name, name, device) is not None:
+        raise RuntimeError(refusal(op_name, name, device))
+    return function(*args, **kwargs)
+
+
 def serve_composite(op_name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call an operator that is made of others: its reference where that is forced, else `function`.
 

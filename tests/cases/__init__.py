@@ -19,8 +19,11 @@ from . import (
     fft_conv,
     gathered_attention,
     grid_scan,
+    large_chunk_ttt,
     linear_attention,
     merge_attention,
+    neural_memory,
+    newton_schulz,
     pointer_scores,
     prob_sparse_attention,
     range_attention,
@@ -72,6 +75,9 @@ TABLES = (
     gathered_attention,
     routing_attention,
     pointer_scores,
+    newton_schulz,
+    large_chunk_ttt,
+    neural_memory,
 )
 ROOMS = {op: table for table in TABLES for op in table.OPERATORS}
 OPERATORS = tuple(ROOMS)
@@ -107,8 +113,11 @@ __all__ = [
     "grid_scan",
     "in_double",
     "in_float64",
+    "large_chunk_ttt",
     "linear_attention",
     "merge_attention",
+    "neural_memory",
+    "newton_schulz",
     "only",
     "pairwise",
     "params",

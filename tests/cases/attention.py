@@ -1,24 +1,22 @@
 """What the cases of all attention operators share: queries, keys and values with grouped heads, and options."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from seqops.attention import reference
 
 from . import common
-from .common import Function, arrange, name_of
+from .common import Function, distinct, name_of
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
+__all__ = ["STATES", "AttentionCase", "distinct"]
 STATES: dict[str, tuple[str, ...]] = {}  # no attention operator has a state
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionCase(common.Case):
+class AttentionCase(common.DrawnCase):
     """An operator of q [B, T, H, D] and k, v [B, T, Hk, D].
 
     The class of an operator adds its tensors in `more_inputs`, and the names of its float outputs where they are not o
@@ -42,11 +40,6 @@ class AttentionCase(common.Case):
         return common.as_tuple(getattr(reference, self.op))
 
     @property
-    def real(self) -> torch.dtype:
-        """Of what is summed."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @property
     def output_dtypes(self) -> list[torch.dtype]:
         return [self.dtype, torch.float32]
 
@@ -55,20 +48,6 @@ class AttentionCase(common.Case):
         draw = random.Random(self.seed)
         inner = sorted(draw.randint(min(1, self.T), self.T) for _ in range(3))
         return [0, 0, min(1, self.T), *inner, self.T, self.T]
-
-    def draw(self, generator: torch.Generator, *shape: int, shared: Sequence[int] = ()) -> Tensor:
-        """Normal values; with layout "expanded" the dimensions `shared` are read with stride 0."""
-        expanded = self.layout == "expanded"
-        sizes = [min(size, 1) if expanded and d in shared else size for d, size in enumerate(shape)]
-        values = torch.randn(sizes, dtype=torch.float64, generator=generator)
-        return values.expand(shape)
-
-    def place(self, values: Tensor, device: str, dtype: torch.dtype | None = None) -> Tensor:
-        """As a leaf in the case's dtype and memory layout."""
-        sizes = values.shape
-        for d, stride in enumerate(values.stride()):
-            values = values.narrow(d, 0, min(sizes[d], 1)) if stride == 0 else values
-        return arrange(values.to(dtype or self.dtype).to(device), self.layout).expand(sizes).requires_grad_()
 
     def inputs(self, device: str = "cpu") -> dict[str, Any]:
         assert self.B == 1 or not self.packed
@@ -85,37 +64,3 @@ class AttentionCase(common.Case):
 
     def more_inputs(self, generator: torch.Generator, device: str) -> dict[str, Any]:
         return {}
-
-    def cotangents(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        generator, cotangents = self.generator(1), []
-        for output in outputs:
-            shape = [min(size, 1) for size in output.shape] if self.layout == "expanded" else output.shape
-            values = torch.randn(shape, dtype=torch.float64, generator=generator)
-            if output.is_floating_point():
-                values = values.to(self.dtype).to(output.dtype)
-            cotangents.append(arrange(values.to(output.device), self.layout).expand(output.shape))
-        return cotangents
-
-    def bounds(
-        self, inputs: dict[str, Any], cotangents: Sequence[Tensor], exact: dict[str, Tensor]
-    ) -> dict[str, float]:
-        """The largest error allowed of each result: of its arithmetic and, if it has fewer bits, its own rounding."""
-        dtypes = {str(position): dtype for position, dtype in enumerate(self.output_dtypes)}
-        dtypes |= {f"d{name}": value.dtype for name, value in common.differentiable(inputs).items()}
-        bounds = {}
-        for name, value in exact.items():
-            bound = TOLERANCE[self.real]
-            if dtypes[name] != self.real:
-                bound += 1.2 * torch.finfo(dtypes[name]).eps / 2
-                # Half the distance of neighbours where numbers are so small that they have fewer digits.
-                size = value[value.isfinite()].norm().item() / max(1, int(value.isfinite().sum())) ** 0.5
-                bound += (
-                    torch.finfo(dtypes[name]).smallest_normal * torch.finfo(dtypes[name]).eps / 2 / max(size, 1e-30)
-                )
-            bounds[name] = common.allowance(bound, value)
-        return bounds
-
-
-def distinct(cases: Sequence[Any]) -> list[Any]:
-    """Without repetitions: of equal names the first."""
-    return [*{str(case): case for case in reversed(cases)}.values()][::-1]

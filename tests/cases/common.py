@@ -5,7 +5,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -57,7 +57,15 @@ class Case:
 
     @property
     def operator(self) -> Function:
-        return as_tuple(getattr(seqops, self.op))
+        return self.adapted(getattr(seqops, self.op))
+
+    def listed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs as the operator names them: here a list's tensors, or not a list, stand by themselves."""
+        return inputs
+
+    def adapted(self, function: Callable[..., Any]) -> Function:
+        """A function of the operator's arguments as one of `inputs`, with a flat tuple of results."""
+        return as_tuple(function)
 
     def __str__(self) -> str:
         return "-".join([self.op, *self.words()])
@@ -71,6 +79,64 @@ class Case:
 
     def with_marks(self, *marks: str) -> "Case":
         return replace(self, marks=marks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnCase(Case):
+    """Inputs of normal values, and bounds of errors that follow from dtypes.
+
+    A class whose arithmetic needs another bound changes `tolerance`.
+    """
+
+    tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 1e-5, torch.float64: 1e-11}
+
+    @property
+    def real(self) -> torch.dtype:
+        """Of what is summed."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def draw(self, generator: torch.Generator, *shape: int, shared: Sequence[int] = ()) -> Tensor:
+        """Normal values; with layout "expanded" the dimensions `shared` are read with stride 0."""
+        expanded = self.layout == "expanded"
+        sizes = [min(size, 1) if expanded and d in shared else size for d, size in enumerate(shape)]
+        values = torch.randn(sizes, dtype=torch.float64, generator=generator)
+        return values.expand(shape)
+
+    def place(self, values: Tensor, device: str, dtype: torch.dtype | None = None) -> Tensor:
+        """As a leaf in the case's dtype and memory layout."""
+        sizes = values.shape
+        for d, stride in enumerate(values.stride()):
+            values = values.narrow(d, 0, min(sizes[d], 1)) if stride == 0 else values
+        return arrange(values.to(dtype or self.dtype).to(device), self.layout).expand(sizes).requires_grad_()
+
+    def cotangents(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        generator, cotangents = self.generator(1), []
+        for output in outputs:
+            shape = [min(size, 1) for size in output.shape] if self.layout == "expanded" else output.shape
+            values = torch.randn(shape, dtype=torch.float64, generator=generator)
+            if output.is_floating_point():
+                values = values.to(self.dtype).to(output.dtype)
+            cotangents.append(arrange(values.to(output.device), self.layout).expand(output.shape))
+        return cotangents
+
+    def bounds(
+        self, inputs: dict[str, Any], cotangents: Sequence[Tensor], exact: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """The largest error allowed of each result: of its arithmetic and, if it has fewer bits, its own rounding."""
+        dtypes = {str(position): dtype for position, dtype in enumerate(self.output_dtypes)}
+        dtypes |= {f"d{name}": value.dtype for name, value in differentiable(inputs).items()}
+        bounds = {}
+        for name, value in exact.items():
+            bound = self.tolerance[self.real]
+            if dtypes[name] != self.real:
+                bound += 1.2 * torch.finfo(dtypes[name]).eps / 2
+                # Half the distance of neighbours where numbers are so small that they have fewer digits.
+                size = value[value.isfinite()].norm().item() / max(1, int(value.isfinite().sum())) ** 0.5
+                bound += (
+                    torch.finfo(dtypes[name]).smallest_normal * torch.finfo(dtypes[name]).eps / 2 / max(size, 1e-30)
+                )
+            bounds[name] = allowance(bound, value)
+        return bounds
 
 
 def as_tuple(function: Callable[..., Any]) -> Function:
@@ -218,3 +284,8 @@ def parameters(cases: Iterable[Case]) -> list[Any]:
     return [
         pytest.param(case, id=str(case), marks=[getattr(pytest.mark, name) for name in case.marks]) for case in cases
     ]
+
+
+def distinct(cases: Sequence[Any]) -> list[Any]:
+    """Without repetitions: of equal names the first."""
+    return [*{str(case): case for case in reversed(cases)}.values()][::-1]
