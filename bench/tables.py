@@ -222,7 +222,8 @@ def markdown_rows(results: Sequence[Result]) -> Iterator[list[str]]:
             cells = [
                 cell for mode in (harness.FORWARD, harness.TRAINING) for cell in markdown_cells(modes.get(mode), peer)
             ]
-            yield [case, peer, *cells, memory]
+            if any(cells):
+                yield [case, peer, *cells, memory]
             for mode in (harness.BACKWARD, harness.INFERENCE):
                 if mode in modes and (modes[mode].error or not peer or peer in modes[mode].ratios):
                     yield [f"{case}, {MODE_TITLES[mode]}", peer, *markdown_cells(modes[mode], peer), "", "", ""]
