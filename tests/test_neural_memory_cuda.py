@@ -66,7 +66,7 @@ VALUES = [
 ]
 MORE = [
     make(T=70, C=64, state=True, options=options(window=5)),
-    make(T=75, C=32, F=128, gates="decay", dtype=torch.float16, wide=False),
+    make(T=75, C=32, F=128, gates="none", dtype=torch.float16, wide=False),
     make(T=40, C=20, F=256, gates="none"),
     make(T=40, C=20, F=128, gates="momentum", state=True),
     make(T=5, C=200, gates="edges", state=True),
