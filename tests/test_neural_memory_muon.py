@@ -10,7 +10,6 @@ from cases.neural_memory import MUON, OPERATORS, Case
 from torch import Tensor
 
 from seqops.ttt import composed_neural_memory as composed
-from seqops.ttt import op_neural_memory
 
 params = partial(cases.params, operators=OPERATORS)
 make = partial(Case, "neural_memory")
@@ -139,7 +138,3 @@ def test_saved_states_are_few() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         o = case.operator(**case.inputs())[0]
     assert o.requires_grad and max(sizes) == 4 * 4 * 32 * 128
-
-
-def test_segments_are_those_of_the_operator() -> None:
-    assert [composed.segment_of(C) for C in range(1, 200)] == [op_neural_memory.segment_of(C) for C in range(1, 200)]

@@ -176,13 +176,6 @@ def test_every_launch_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
-def test_segments_are_those_of_the_operator() -> None:
-    """Where states are saved is part of the operator's shapes."""
-    triton, op = (import_module(f"seqops.ttt.{name}") for name in ("triton_neural_memory", "op_neural_memory"))
-    assert [triton.segment_of(C) for C in range(1, 200)] == [op.segment_of(C) for C in range(1, 200)]
-
-
-@needs_triton
 def test_tiles_follow_the_chunk() -> None:
     triton = import_module("seqops.ttt.triton_neural_memory")
 

@@ -6,6 +6,16 @@
 __device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 #endif
 
+// The same number, of which the compiler does not know where it comes from: what follows from it is computed anew.
+#if defined(SIMULATE)
+inline int computed_anew(int number) { return number; }
+#else
+__device__ __forceinline__ int computed_anew(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+#endif
+
 // ---- copies that the thread does not wait for: visible to it after cp_async_wait, to others after a barrier too
 
 #if defined(SIMULATE)

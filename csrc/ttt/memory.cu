@@ -84,11 +84,10 @@ struct Chunk {
   }
 
   // h of this warp's units
-  __device__ __forceinline__ void hidden(Layer& w1) const {
+  __device__ __forceinline__ void hidden(const Layer& w1) const {
     S* s_h = shared.s_h + warp_of() * WARP_TILE;
 #pragma unroll 1
     for (int row = 0; row < 16 * tiles; row += 16) {
-      w1.round_in_the_loop();
       HiddenSums a;
       clear(a);
       w1.add_product(a, s_k, row);
@@ -141,13 +140,11 @@ struct Chunk {
 #endif
 
   // delta1 of this warp's units; whether all of it is finite.
-  __device__ __forceinline__ bool hidden_errors(Layer& w1, Layer& w2) const {
+  __device__ __forceinline__ bool hidden_errors(const Layer& w1, const Layer& w2) const {
     S* s_delta1 = shared.s_delta1 + warp_of() * WARP_TILE;
     bool all = true;
 #pragma unroll 1
     for (int row = 0; row < 16 * tiles; row += 16) {
-      w1.round_in_the_loop();
-      w2.round_in_the_loop();
       HiddenSums a, below;
       clear(a);
       w1.add_product(a, s_k, row);
@@ -169,12 +166,11 @@ struct Chunk {
   }
 
   // H of this warp's units
-  __device__ __forceinline__ void hidden_after(Layer& w1, Layer& s1, bool all_finite) const {
+  __device__ __forceinline__ void hidden_after(const Layer& w1, const Layer& s1, bool all_finite) const {
     const S* s_delta1 = shared.s_delta1 + warp_of() * WARP_TILE;
     S* s_after = shared.s_after + warp_of() * WARP_TILE;
 #pragma unroll 1
     for (int row = 0; row < 16 * tiles; row += 16) {
-      w1.round_in_the_loop();
       HiddenSums sums;
       clear(sums);
       w1.add_product(sums, s_q, row);

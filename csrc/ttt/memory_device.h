@@ -38,13 +38,7 @@ static_assert(WARPS >= 4, "one warp more than the ROWS columns of coefficients t
 
 // The thread's number, where what follows from it is computed anew: kept from chunk to chunk, it would take registers
 // that there are not.
-__device__ __forceinline__ int this_thread() {
-  int thread = threadIdx.x;
-#if !defined(SIMULATE)
-  asm volatile("" : "+r"(thread));
-#endif
-  return thread;
-}
+__device__ __forceinline__ int this_thread() { return computed_anew(threadIdx.x); }
 
 #if !defined(RECOMPUTED_LANES)
 #define RECOMPUTED_LANES 0  // 1: all that follows from the lane is computed anew
@@ -171,12 +165,6 @@ struct Layer {
     visit([&](float& x, float& y, int unit, int channel) {
       word_at(s + (warp_of() * UNITS + unit) * CHANNEL_ROW + channel) = two(x, y);
     });
-  }
-  // The compiler would round all weights once, before a loop over rows: with 32 units there are no registers for that.
-  __device__ __forceinline__ void round_in_the_loop() {
-#if !defined(SIMULATE)
-    if constexpr (UNITS > 16) visit([](float& x, float& y, int, int) { asm volatile("" : "+f"(x), "+f"(y)); });
-#endif
   }
   // sums [16, UNITS] += x [16, D] times the transpose of this, x at row `first` of a tile [ROWS, D].
   __device__ __forceinline__ void add_product(HiddenSums& sums, const S* s_x, int first) const {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core import backend, choose, launch
 from . import cuda_tiles
+from .composed_neural_memory import segment_of
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -100,11 +101,6 @@ def _kept(state: Tensor | None, like: Tensor) -> Tensor:
     if state is None:
         return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     return state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-
-
-def segment_of(chunk_size: int) -> int:
-    """How many chunks there are between two saved states."""
-    return max(8, -(-128 // chunk_size))
 
 
 # ---- the operators

@@ -25,6 +25,7 @@ from ..core import backend, register, validate
 from . import composed_neural_memory as muon
 from . import op as room
 from . import reference
+from .composed_neural_memory import segment_of
 
 ops = torch.ops.seqops
 
@@ -115,11 +116,6 @@ def check_memory_backward(
     validate.check_type(op, "states", states, (validate.real_of(q.dtype),))
     shape = states_shape(q, momentum, w1, w2, chunk_size)
     validate.check_shape(op, "states", states, "[B, H, segments, N]", shape)
-
-
-def segment_of(chunk_size: int) -> int:
-    """How many chunks there are between two saved states: 8, or 128 tokens of shorter ones."""
-    return max(8, -(-128 // chunk_size))
 
 
 def states_shape(

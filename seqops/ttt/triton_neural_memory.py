@@ -19,6 +19,7 @@ from ..core import choose
 from . import tiles_neural_memory_triton as tiles
 from . import triton_kernels_neural_memory as kernels
 from . import triton_kernels_neural_memory_backward as backward_kernels
+from .composed_neural_memory import segment_of
 
 INTERPRETED = triton.knobs.runtime.interpret
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -221,11 +222,6 @@ def readable(x: Tensor) -> Tensor:
 def strides(name: str, x: Tensor) -> dict[str, int]:
     """Of [B, T, H, ...]; 0 where one entry serves all."""
     return {f"stride_{name}_{letter}": x.stride(i) if x.shape[i] > 1 else 0 for i, letter in enumerate("bth")}
-
-
-def segment_of(chunk_size: int) -> int:
-    """How many chunks there are between two saved states: 8, or 128 tokens of shorter ones."""
-    return max(8, -(-128 // chunk_size))
 
 
 def prepare(
