@@ -191,10 +191,10 @@ def chunked(
         m, c, p, g, b = coefficients(rate, decay[:, :, at], None if momentum is None else momentum[:, :, at])
 
         def tile(X: Tensor, Kx: Tensor, w: Tensor, s: Tensor, delta: Tensor) -> Tensor:
-            read = b[..., None] * (X @ w.to(dtype).mT)  # noqa: B023
+            read = b[..., None] * (X @ w.to(dtype).mT)  # noqa: B023  called at once
             if momentum is not None:
-                read = read + g[..., None] * (X @ s.to(dtype).mT)  # noqa: B023
-            return read - (c * (X @ Kx.mT)).to(dtype) @ delta.to(dtype)  # noqa: B023
+                read = read + g[..., None] * (X @ s.to(dtype).mT)  # noqa: B023  called at once
+            return read - (c * (X @ Kx.mT)).to(dtype) @ delta.to(dtype)  # noqa: B023  called at once
 
         if len(W) == 1:
             delta = K @ W[0].to(dtype).mT - V

@@ -14,7 +14,7 @@ LEAST = tl.constexpr(1e-5)  # norm of a row
 
 
 @triton.jit
-def narrow(x, O: tl.constexpr):  # noqa: E741
+def narrow(x, O: tl.constexpr):  # noqa: E741  O for output, as elsewhere
     """Rounded to nearest even, which Triton's interpreter does not do for bfloat16: it cuts the bits off."""
     if INTERPRETED and tl.bfloat16 == O:
         bits = x.to(tl.uint32, bitcast=True)
