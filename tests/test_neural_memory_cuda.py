@@ -67,6 +67,8 @@ VALUES = [
 MORE = [
     make(T=70, C=64, state=True, options=options(window=5)),
     make(T=75, C=32, F=128, gates="none", dtype=torch.float16, wide=False),
+    # Weights decay to 1e-5 here, where float16 has few digits left.
+    make(T=75, C=32, F=128, gates="decay", wide=False),
     make(T=40, C=20, F=256, gates="none"),
     make(T=40, C=20, F=128, gates="momentum", state=True),
     make(T=5, C=200, gates="edges", state=True),
