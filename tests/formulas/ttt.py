@@ -1,0 +1,183 @@
+"""Layers that learn in their forward, token by token; the inner gradients come from autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import Case, jitter
+
+MUON = (3.4445, -4.7750, 2.0315)
+
+
+# ---- pieces
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    B, T, D = x.shape
+    return x.reshape(B, T, heads, D // heads)
+
+
+def of_length_one(x: Tensor) -> Tensor:
+    return x / (x * x).sum(-1, keepdim=True).sqrt()
+
+
+def rms(x: Tensor, eps: float = 1e-6) -> Tensor:
+    return x / ((x * x).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def linear(layer: torch.nn.Linear, x: Tensor) -> Tensor:
+    y = torch.einsum("...i,oi->...o", x, layer.weight)
+    return y if layer.bias is None else y + layer.bias
+
+
+def convolved(x: Tensor, taps: Tensor | None) -> Tensor:
+    """sum_j taps[:, W-1-j] x_{t-j}"""
+    if taps is None:
+        return x
+    W, rows = taps.shape[1], []
+    for t in range(x.shape[1]):
+        rows.append(sum(taps[:, W - 1 - j] * x[:, t - j] for j in range(min(W, t + 1))))
+    return torch.stack(rows, 1)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Five steps of Muon's iteration."""
+    a, b, c = MUON
+    x = x / ((x * x).sum((-2, -1), keepdim=True).sqrt() + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = a * x + b * square @ x + c * square @ square @ x
+    return x
+
+
+def slopes(loss: Callable[[list[Tensor]], Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Of a loss by weights, themselves differentiable."""
+    with torch.enable_grad():
+        taken = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]
+        return [*torch.autograd.grad(loss(taken), taken, create_graph=True)]
+
+
+def turned(x: Tensor, start: int = 0, base: float = 10000.0, period: int = 0) -> Tensor:
+    """Rotary positions of x [B, T, H, D] as complex numbers."""
+    T, half = x.shape[1], x.shape[-1] // 2
+    t = torch.arange(start, start + T, dtype=torch.float64)
+    t = t % period if period else t
+    angle = t[:, None] * base ** (-torch.arange(half, dtype=torch.float64) / half)
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat([z.real, z.imag], -1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """q [B, T, H, D], k, v [B, S, H, D], seen [T, S]."""
+    score = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
+    weight = torch.where(seen, score, -torch.inf).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weight, v)
+
+
+def window_mask(T: int, window: int) -> Tensor:
+    t = torch.arange(T)
+    return (t[:, None] >= t) & (t[:, None] - t < window)
+
+
+# ---- NeuralMemory
+
+
+def answer(weights: Sequence[Tensor], x: Tensor) -> Tensor:
+    """f(x) of x [B, H, D]."""
+    y = torch.einsum("bhij,bhj->bhi", weights[0], x)
+    return x + torch.einsum("bhij,bhj->bhi", weights[1], silu(y)) if len(weights) == 2 else y
+
+
+def memory_loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    decay: Tensor,
+    momentum: Tensor | None,
+    weights: Sequence[Tensor],
+    sums: Sequence[Tensor] | None,
+    chunk: int,
+    loss: str,
+    window: int,
+    optimizer: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Token by token: each step of the weights is formed."""
+    now, outputs = [*weights], []
+    S = [torch.zeros_like(w) for w in now] if sums is None else [*sums]
+    for t in range(q.shape[1]):
+        if t % chunk == 0:
+            first, recent = now, []
+            learnt, left = [torch.zeros_like(w) for w in now], torch.ones_like(lr[:, 0, :, None, None])
+
+        def token_loss(at: list[Tensor], t: int = t) -> Tensor:
+            said = answer(at, k[:, t])
+            return -(said * v[:, t]).sum() if loss == "dot" else (said - v[:, t]).square().sum() / 2
+
+        recent.append([lr[:, t, :, None, None] * slope for slope in slopes(token_loss, first)])
+        keep = 1 - decay[:, t, :, None, None]
+        again = 0 if momentum is None else momentum[:, t, :, None, None]
+        S = [again * s - sum(step[i] for step in recent[-window:]) for i, s in enumerate(S)]
+        learnt, left = [keep * old + s for old, s in zip(learnt, S, strict=True)], keep * left
+        if optimizer == "muon":
+            at_end = (t + 1) % chunk == 0
+            steps = [orthogonal(each) if at_end else torch.zeros_like(each) for each in learnt]
+        else:
+            steps = learnt
+        now = [left * w + step for w, step in zip(first, steps, strict=True)]
+        outputs.append(answer(now, q[:, t]))
+    return torch.stack(outputs, 1), now, S
+
+
+def memory_inputs(module: Any, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    H, C = module.heads, module.chunk
+    joined = silu(convolved(linear(module.qkv, x), module.taps))
+    parts = joined.split(module.width, -1)
+    power = getattr(module, "coefficients", None)
+    if power is not None:
+        parts = [sum(a * p ** (i + 1) for i, a in enumerate(power)) for p in parts[:2]] + [parts[2]]
+    gates = 1 / (1 + torch.exp(-linear(module.gates, x)))
+    lr, decay = gates[..., :H], gates[..., H : 2 * H]
+    momentum = gates[..., 2 * H :] if module.momentum else None
+    lr = lr * module.rate / (C * module.window)
+    lr = lr * (1 - momentum) if module.momentum else lr
+    return [of_length_one(heads_of(p, H)) for p in parts], [lr, decay, momentum]
+
+
+def memory_output(module: Any, o: Tensor, x: Tensor) -> Tensor:
+    o = (rms(o) * module.scale).reshape(x.shape)
+    return linear(module.out, o * silu(linear(module.gate, x)))
+
+
+def neural_memory(module: Any, x: Tensor) -> Tensor:
+    tokens, gates = memory_inputs(module, x)
+    weights = [w.expand(x.shape[0], *w.shape) for w in module.memory]
+    o, _, _ = memory_loop(*tokens, *gates, weights, None, module.chunk, **module.rule)
+    return memory_output(module, o, x)
+
+
+# 14 tokens in chunks of 4: twice as many, and four times, end with a chunk; the last chunk here is open
+SIZE = {"width": 8, "heads": 2, "chunk": 4}
+
+CASES = [
+    Case("NeuralMemory", SIZE, neural_memory, (2, 14, 8), prepare=jitter),
+    Case("NeuralMemory", {**SIZE, "hidden": 6, "loss": "dot", "kernel": 1}, neural_memory, (2, 14, 8), note="mlp dot"),
+    Case(
+        "NeuralMemory",
+        {**SIZE, "hidden": 5, "window": 3, "momentum": False, "rate": 1.5},
+        neural_memory,
+        (2, 14, 8),
+        note="mlp window",
+        compiled=False,
+    ),
+    # Newton-Schulz turns what is small against the rest into something of size 1, and its rounding with it
+    Case("NeuralMemory", {**SIZE, "optimizer": "muon"}, neural_memory, (2, 14, 8), note="muon", bound16=0.08),
+]
