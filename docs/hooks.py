@@ -10,7 +10,7 @@ import re
 import textwrap
 from typing import Any
 
-SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")
+SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -60,6 +60,9 @@ def render(documentation: str) -> str:
     pieces = re.split(rf"^({'|'.join(SECTIONS)}):\n((?:    .*\n?|\n)+)", documentation + "\n", flags=re.MULTILINE)
     rendered = [pieces[0]]
     for title, body, rest in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
+        if title == "Example":
+            rendered.append(f"**{title}**\n\n```pycon\n{textwrap.dedent(body).strip()}\n```\n\n{rest}")
+            continue
         entries = re.split(r"\n(?! )", textwrap.dedent(body).strip())
         lines = [re.sub(r"\s*\n\s*", " ", entry) for entry in entries if entry]
         rendered.append(f"**{title}**\n\n" + "\n".join(f"- {emphasise(line)}" for line in lines) + f"\n\n{rest}")

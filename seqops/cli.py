@@ -1,7 +1,9 @@
 """The `seqops` command. Nothing else in seqops imports this module, and rich loads only when something is drawn."""
 
 import json
+import shutil
 import sys
+import textwrap
 from importlib import import_module
 
 import click
@@ -24,10 +26,13 @@ class LazyGroup(click.Group):
         return super().get_command(ctx, cmd_name)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(seqops.__version__, prog_name="seqops")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Fast sequence operators for PyTorch."""
+    if ctx.invoked_subcommand is None:
+        click.echo("\n".join(_contents(ctx, min(shutil.get_terminal_size((100, 24)).columns, 100))))
 
 
 @main.command()
@@ -39,6 +44,38 @@ def info(as_json: bool) -> None:
         click.echo(json.dumps(report, indent=2))
     else:
         _draw(report)
+
+
+def _contents(ctx: click.Context, width: int) -> list[str]:
+    """What there is: operators by room, modules with their papers and operators, commands. Read from the code."""
+    from seqops import catalog
+
+    operators, modules = catalog.operators(), catalog.modules()
+    lines = [f"seqops {seqops.__version__}: fast sequence operators for PyTorch."]
+    for room, title in catalog.rooms().items():
+        lines += ["", click.style(f"{title} (seqops.*)", bold=True)]
+        lines += _entries([(each.name, each.summary, "") for each in operators if each.room == room], width)
+    lines += ["", click.style("Modules (seqops.nn.*), each with its paper and the operators that it runs", bold=True)]
+    lines += _entries(
+        [(m.name, m.summary, f"{'; '.join(map(str, m.papers[:1]))}: {', '.join(m.operators)}") for m in modules], width
+    )
+    shown = {name: main.get_command(ctx, name) for name in main.list_commands(ctx)}
+    commands = [(f"seqops {name}", command.get_short_help_str(100), "") for name, command in shown.items()]
+    lines += ["", click.style("Commands", bold=True)]
+    lines += _entries([*commands, ("help(seqops.lstm)", "In Python: formula, arguments, an example.", "")], width)
+    return lines
+
+
+def _entries(rows: list[tuple[str, str, str]], width: int) -> list[str]:
+    """Names and, in a column, what they are, cut to a line; below it, wrapped, what else there is to say."""
+    column = max(len(name) for name, _, _ in rows) + 4
+    room = max(width - column, 30)
+    lines = []
+    for name, text, more in rows:
+        lines.append(f"  {name:<{column - 2}}{textwrap.shorten(text, room, placeholder=' …')}")
+        wrapped = textwrap.wrap(more, room, break_on_hyphens=False)
+        lines += [" " * column + click.style(line, dim=True) for line in wrapped]
+    return lines
 
 
 def _draw(report: dict[str, dict]) -> None:

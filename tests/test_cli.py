@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from terminal import run_in_terminal
 
 import seqops
+from seqops import catalog
 from seqops.cli import main
 from seqops.core import backend, info, launch
 
@@ -37,6 +38,41 @@ def test_info_names_versions_devices_and_every_operator():
         assert rows[operator] == ["yes" if reasons[name] is None else "no" for name in columns]
     for reason in {reason for row in table.values() for reason in row.values() if reason}:
         assert reason in result.output
+
+
+@pytest.mark.parametrize("module", ["seqops", "seqops.cli"])
+def test_without_arguments_it_lists_what_there_is(module):
+    """Every operator under its room, every module with paper and operators, every command, in 100 columns."""
+    command = [sys.executable, "-m", "seqops"]
+    if module == "seqops.cli":
+        command = [sys.executable, "-c", "from seqops.cli import main; main()"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert not CONTROL.search(result.stdout.replace("\n", ""))
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    joined = " ".join(result.stdout.split())
+    positions = [joined.index(title + " (seqops.*)") for title in catalog.rooms().values()]
+    assert positions == sorted(positions)
+    for each in [*catalog.operators(), *catalog.modules()]:
+        assert f" {each.name} {each.summary[:40].rsplit(' ', 1)[0]}" in joined  # long sentences are cut to a line
+    for each in catalog.modules():
+        assert f"{each.papers[0]}: {', '.join(each.operators)}" in joined
+    for name in main.list_commands(None):
+        assert f" seqops {name} " in joined
+
+
+def test_catalog_is_what_the_code_holds():
+    """Nothing is left out, and every entry has a sentence and a paper."""
+    operators, modules = catalog.operators(), catalog.modules()
+    assert {each.name for each in operators} == set(seqops.__all__) & set(backend.table())
+    assert {each.room for each in operators} == set(catalog.rooms())
+    assert {"LSTM", "SLSTM"} <= {each.name for each in modules} <= set(seqops.nn.__all__)
+    assert next(each for each in modules if each.name == "GRU").operators == ("gru",)
+    for each in [*operators, *modules]:
+        assert 20 <= len(each.summary) <= 160 and each.summary.endswith("."), each
+        assert each.papers, each
+    cited = {title for paper, _, _ in catalog.citations() for title in [catalog.key(paper)]}
+    assert cited == {catalog.key(paper) for each in [*operators, *modules] for paper in each.papers}
 
 
 def test_json_is_the_whole_report():
@@ -116,7 +152,7 @@ def test_terminal_output_is_drawn():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ((), 2, "Usage: seqops"),
+        ((), 0, "Modules (seqops.nn.*)"),
         (("--help",), 0, "info"),
         (("--version",), 0, f"seqops, version {seqops.__version__}"),
         (("inof",), 2, "No such command 'inof'"),

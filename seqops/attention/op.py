@@ -362,6 +362,14 @@ def range_attention(
 
     Memory: a gradient keeps the inputs, o and lse.
 
+    Example:
+        >>> q, k, v = (torch.randn(2, 100, 4, 16) for _ in range(3))
+        >>> i = torch.arange(100, dtype=torch.int32)
+        >>> last_ten = torch.stack([(i - 9).clamp(min=0), i + 1])
+        >>> o, lse = seqops.range_attention(q, k, v, last_ten[None, None, None])
+        >>> o.shape, lse.shape
+        (torch.Size([2, 100, 4, 16]), torch.Size([2, 4, 100]))
+
     Dao et al., "FlashAttention: fast and memory-efficient exact attention with IO-awareness", 2022.
     """
     check_order("ranges", ranges)

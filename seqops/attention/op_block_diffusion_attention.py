@@ -85,6 +85,13 @@ def block_diffusion_attention(
 
     Memory: a gradient keeps q, k, v, o and lse.
 
+    Example:
+        >>> q, k, v = (torch.randn(2, 2 * 64, 4, 16) for _ in range(3))  # a noisy copy of 64 tokens, then the clean one
+        >>> o, lse = seqops.block_diffusion_attention(q, k, v, 8)
+        >>> noisy, clean = o.chunk(2, 1)
+        >>> noisy.shape
+        torch.Size([2, 64, 4, 16])
+
     Arriola et al., "Block diffusion: interpolating between autoregressive and diffusion language models", 2025; Wu et
     al., "Fast-dLLM v2: efficient block-diffusion LLM", 2025.
     """

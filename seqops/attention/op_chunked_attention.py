@@ -124,6 +124,12 @@ def chunked_attention(
 
     Memory: a gradient keeps q, k, v, o and lse.
 
+    Example:
+        >>> q, k, v = (torch.randn(2, 100, 4, 16) for _ in range(3))
+        >>> o, lse = seqops.chunked_attention(q, k, v, 32, causal=True)  # chunks of 32, 32, 32 and 4
+        >>> torch.equal(o[:, 32], v[:, 32])  # the first of a chunk sees itself alone
+        True
+
     Ma et al., "MEGA: moving average equipped gated attention", 2023.
     """
     return ops.chunked_attention(

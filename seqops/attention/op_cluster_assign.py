@@ -156,6 +156,12 @@ def cluster_assign(x: Tensor, centroids: Tensor, size: int, *, mode: str = "bala
 
     Memory: in mode "balanced" the scores [K, T] of one head a thread, on a GPU [B, H, K, T] of them.
 
+    Example:
+        >>> tokens = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1], [0.1, 0.9]])
+        >>> index, nearest = seqops.cluster_assign(tokens.view(1, 4, 1, 2), torch.eye(2)[None], 3, mode="causal")
+        >>> nearest.flatten().tolist(), index.view(2, 3).tolist()
+        ([0, 1, 0, 1], [[0, 2, -1], [1, 3, -1]])
+
     Roy, Saffar, Vaswani and Grangier, "Efficient content-based sparse attention with routing transformers", 2021.
     """
     return ops.cluster_assign(x, centroids, size, mode=mode)

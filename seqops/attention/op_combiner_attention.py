@@ -275,6 +275,12 @@ def combiner_attention(
     2 T ("axial"). A gradient keeps q, k, v, summaries, and the outputs of the softmax; "axial" keeps two more sets of
     these, in the order of columns. Where Hk is not H, keys and values are repeated for each query head.
 
+    Example:
+        >>> q, k = (torch.randn(2, 100, 4, 16) for _ in range(2))
+        >>> o = seqops.combiner_attention(q, k, torch.ones(2, 100, 4, 16), 10)
+        >>> torch.allclose(o, torch.ones(()))  # the weights of all keys sum to 1
+        True
+
     Ren et al., "Combiner: full attention transformer with sparse computation cost", 2021.
     """
     return ops.combiner_attention(q, k, v, block_size, pattern=pattern, pool=pool, causal=causal, scale=scale)

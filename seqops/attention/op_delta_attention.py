@@ -205,6 +205,13 @@ def delta_attention(
 
     Memory: the held keys are a tensor of the size of k; a gradient keeps them, q, k, v, o and lse.
 
+    Example:
+        >>> q, k, v = (torch.randn(2, 100, 4, 16) for _ in range(3))
+        >>> o, lse = seqops.delta_attention(q, k, v, 0.5, window=16, sink=4)
+        >>> exact, _ = seqops.window_attention(q, k, v, -1, 0)
+        >>> torch.allclose(o[:, :16], exact[:, :16], atol=1e-5)  # so far nothing is beyond the window
+        True
+
     "DeltaLLM: a training-free framework exploiting temporal sparsity for efficient edge LLM inference", 2025.
     """
     return ops.delta_attention(q, k, v, threshold, window=window, sink=sink, mode=mode, scale=scale)

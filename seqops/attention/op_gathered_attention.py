@@ -391,6 +391,13 @@ def gathered_attention(
 
     Memory: the listed rows of q, k and v [B, K w, H, D], and a result for each slot. A gradient keeps them.
 
+    Example:
+        >>> q, k, v = (torch.randn(1, 4, 1, 16) for _ in range(3))
+        >>> lists = torch.tensor([[0, 2], [1, 3]]).view(1, 1, 2, 2)  # tokens 0 and 2 see each other, and so do 1 and 3
+        >>> o, lse = seqops.gathered_attention(q, k, v, lists, lists, causal=True)
+        >>> torch.equal(o[:, :2], v[:, :2])  # the first of each list sees itself alone
+        True
+
     Roy, Saffar, Vaswani and Grangier, "Efficient content-based sparse attention with routing transformers", 2021.
     """
     return ops.gathered_attention(q, k, v, q_index, k_index, causal=causal, reduce=reduce, scale=scale)

@@ -149,6 +149,15 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
 
     Memory: a gradient keeps the arguments.
 
+    Example:
+        >>> q, k, v = (torch.randn(2, 8, 4, 16) for _ in range(3))
+        >>> def over(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ...     ranges = torch.tensor([first, last], dtype=torch.int32).view(2, 1).expand(2, 8).contiguous()
+        ...     return seqops.range_attention(q, k, v, ranges[None, None, None])
+        >>> o, lse = seqops.merge_attention(*over(0, 3), *over(3, 8))
+        >>> torch.allclose(o, over(0, 8)[0], atol=1e-6)
+        True
+
     Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
     """
     return ops.merge_attention(o1, lse1, o2, lse2)

@@ -183,6 +183,12 @@ def pointer_scores(
     Memory: nothing of size [B, Tq, Tk, A]; on the CPU copies of query and key. A gradient keeps query, key, weight and
     log_p (in float32 where it has 16 bits), computes the hyperbolic tangents again, and takes one more [B, Tq, Tk].
 
+    Example:
+        >>> query, key, weight = torch.randn(2, 5, 16), torch.randn(2, 7, 16), torch.randn(16)
+        >>> log_p = seqops.pointer_scores(query, key, weight, lengths=torch.tensor([7, 3]))
+        >>> log_p.shape, bool((log_p[1, :, 3:] == -torch.inf).all())
+        (torch.Size([2, 5, 7]), True)
+
     Vinyals, Fortunato and Jaitly, "Pointer networks", 2015; Kool, van Hoof and Welling, "Attention, learn to solve
     routing problems!", 2019.
     """

@@ -245,6 +245,13 @@ def prob_sparse_attention(
     Memory: M [B, H, T], and nothing of size [B, H, T, U] or [B, H, T, T]. A gradient keeps q, k, v and the rows of
     the selected queries.
 
+    Example:
+        >>> q, k, v = (torch.randn(2, 100, 4, 16) for _ in range(3))
+        >>> samples = torch.randint(100, (100, 20))  # 20 keys for each query's measure
+        >>> o = seqops.prob_sparse_attention(q, k, v, samples, 25)  # 25 queries attend, the others get the mean of v
+        >>> o.shape
+        torch.Size([2, 100, 4, 16])
+
     Zhou et al., "Informer: beyond efficient Transformer for long sequence time-series forecasting", 2021.
     """
     return ops.prob_sparse_attention(q, k, v, sample_index, top, causal=causal, scale=scale)

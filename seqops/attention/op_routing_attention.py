@@ -135,6 +135,12 @@ def routing_attention(
     Memory: q, k and v sorted by cluster [B, T, H, D], and the result in that order; a gradient keeps them. Not causal:
     that of `cluster_assign` and `gathered_attention`.
 
+    Example:
+        >>> q = k = torch.nn.functional.normalize(torch.randn(2, 100, 4, 16), dim=-1)
+        >>> o, nearest = seqops.routing_attention(q, k, torch.randn(2, 100, 4, 16), torch.randn(4, 8, 16), 32)
+        >>> o.shape, nearest.shape
+        (torch.Size([2, 100, 4, 16]), torch.Size([2, 100, 4]))
+
     Roy, Saffar, Vaswani and Grangier, "Efficient content-based sparse attention with routing transformers", 2021. Its
     causal form selects as the other one does, and so depends on the future; this one does not.
     """

@@ -74,6 +74,13 @@ def update_centroids(centroids: Tensor, x: Tensor, nearest: Tensor, *, decay: fl
 
     Memory: x in float32, and 32 partial sums [K, H, D], which are added in a fixed order.
 
+    Example:
+        >>> centroids, x = torch.zeros(1, 2, 3), torch.ones(1, 4, 1, 3)
+        >>> nearest = torch.zeros(1, 4, 1, dtype=torch.int32)  # all tokens are of cluster 0
+        >>> seqops.update_centroids(centroids, x, nearest, decay=0.75)
+        tensor([[[0.2500, 0.2500, 0.2500],
+                 [0.0000, 0.0000, 0.0000]]])
+
     Roy, Saffar, Vaswani and Grangier, "Efficient content-based sparse attention with routing transformers", 2021.
     """
     return ops.update_centroids(centroids, x, nearest, decay=decay)

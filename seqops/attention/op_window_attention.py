@@ -188,6 +188,13 @@ def window_attention(
     Memory: a gradient keeps q, k, v, o and lse. With global positions it also keeps their rows of q, k, v, o and lse
     (of every packed sequence), and one more tensor of the size of o is made on the way.
 
+    Example:
+        >>> q, k, v = (torch.randn(2, 100, 4, 16) for _ in range(3))
+        >>> sinks = torch.tensor([0, 1, 2, 3])
+        >>> o, lse = seqops.window_attention(q, k, v, 31, 0, global_index=sinks)  # the last 32, and the first four
+        >>> o.shape
+        torch.Size([2, 100, 4, 16])
+
     Beltagy et al., "Longformer: the long-document transformer", 2020; its window of w is left = right = w / 2.
     """
     return ops.window_attention(q, k, v, left, right, global_index=global_index, scale=scale, cu_seqlens=cu_seqlens)

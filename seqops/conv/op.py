@@ -274,6 +274,12 @@ def causal_conv1d(
     Memory: a gradient keeps the arguments, and computes z anew where there is an activation. The backward has partial
     sums of the weights' gradient, at most a quarter of x unless W or D W is large against T.
 
+    Example:
+        >>> x, taps = torch.tensor([1.0, 0.0, 0.0, 2.0]).view(1, 4, 1), torch.tensor([[3.0, 2.0, 1.0]])
+        >>> y, tail = seqops.causal_conv1d(x, taps)
+        >>> y.flatten().tolist(), tail.flatten().tolist()
+        ([1.0, 2.0, 3.0, 2.0], [0.0, 2.0])
+
     Gu and Dao, "Mamba: linear-time sequence modeling with selective state spaces", 2023; van den Oord et al.,
     "WaveNet", 2016.
     """

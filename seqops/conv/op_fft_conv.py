@@ -178,6 +178,13 @@ def fft_conv(u: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
     Memory: a gradient keeps the arguments, no spectra. On the CPU a thread works on one register of channels (16 in
     float32 with AVX-512) in buffers of about T + L numbers each: 2 in the forward, 4 in the backward.
 
+    Example:
+        >>> u = torch.randn(2, 1000, 16, requires_grad=True)
+        >>> y = seqops.fft_conv(u, torch.randn(16, 1000), torch.ones(16))  # filters as long as the sequence
+        >>> y.sum().backward()
+        >>> y.shape
+        torch.Size([2, 1000, 16])
+
     Fu et al., "FlashFFTConv: efficient convolutions for long sequences with tensor cores", 2023; Nussbaumer, "Fast
     Fourier transform and convolution algorithms", 1982.
     """

@@ -318,6 +318,14 @@ def linear_attention(
     Memory: a gradient keeps q, k, v, log_decay and the initial state. States between chunks are computed again, and
     held for as many sequences and heads at a time as there are threads.
 
+    Example:
+        >>> q, k, v = (torch.randn(2, 100, 4, 16, requires_grad=True) for _ in range(3))
+        >>> o, state = seqops.linear_attention(q, k, v, -torch.rand(2, 100, 4))  # a decay of each token and head
+        >>> o.sum().backward()
+        >>> o, state = seqops.linear_attention(q[:, :1], k[:, :1], v[:, :1], initial_state=state)  # one step on
+        >>> o.shape, state.shape
+        (torch.Size([2, 1, 4, 16]), torch.Size([2, 4, 16, 16]))
+
     Katharopoulos et al., "Transformers are RNNs: fast autoregressive transformers with linear attention", 2020; Yang et
     al., "Gated linear attention transformers with hardware-efficient training", 2024.
     """

@@ -520,7 +520,15 @@ def lstm(
 
     Memory: where a gradient is wanted, 5 values of wx's dtype per unit and step beyond h (p and c), kept for it.
 
-    Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers et al., "Learning to forget", 2000. Heads as in
+    Example:
+        >>> wx = torch.randn(2, 10, 4, 1, 8, requires_grad=True)  # 2 rows, 10 steps, 4 gates, 1 head of 8 units
+        >>> h, h_n, c_n = seqops.lstm(wx, torch.randn(4, 1, 8, 8))
+        >>> h.sum().backward()
+        >>> h, h_n, c_n = seqops.lstm(wx[:, :1], torch.randn(4, 1, 8, 8), h0=h_n, c0=c_n)  # one step on
+        >>> h.shape
+        torch.Size([2, 1, 1, 8])
+
+    Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers et al., "Learning to forget", 2000; heads:
     Pöppel et al., "FlashRNN", 2025.
     """
     return ops.lstm(wx, r, b, h0, c0, lengths=lengths, reverse=reverse, grad_clip=grad_clip)
@@ -556,6 +564,12 @@ def gru(
         ValueError, RuntimeError: as for `lstm`.
 
     Memory: where a gradient is wanted, 4 values of wx's dtype per unit and step beyond h (p and y_n), kept for it.
+
+    Example:
+        >>> wx = torch.randn(2, 10, 3, 4, 8)  # 2 rows, 10 steps, 3 gates, 4 heads of 8 units
+        >>> h, h_n = seqops.gru(wx, torch.randn(3, 4, 8, 8), lengths=torch.tensor([10, 6]))
+        >>> h.shape, bool((h[1, 6:] == 0).all())
+        (torch.Size([2, 10, 4, 8]), True)
 
     Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine translation", 2014.
     """
@@ -598,6 +612,13 @@ def slstm(
 
     Memory: where a gradient is wanted, 7 values of wx's dtype per unit and step beyond h, kept for it.
 
+    Example:
+        >>> wx = torch.randn(2, 10, 4, 2, 8)  # 2 rows, 10 steps, 4 gates, 2 heads of 8 units
+        >>> h, *state = seqops.slstm(wx, torch.randn(4, 2, 8, 8))
+        >>> h, *state = seqops.slstm(wx, torch.randn(4, 2, 8, 8), None, *state)  # the piece that follows
+        >>> h.shape
+        torch.Size([2, 10, 2, 8])
+
     Beck et al., "xLSTM: Extended long short-term memory", 2024.
     """
     return ops.slstm(wx, r, b, h0, c0, n0, m0, lengths=lengths, reverse=reverse, grad_clip=grad_clip)
@@ -632,6 +653,12 @@ def elman(
         ValueError, RuntimeError: as for `lstm`.
 
     Memory: nothing beyond h is kept for a gradient.
+
+    Example:
+        >>> wx = torch.randn(2, 10, 1, 1, 8)
+        >>> h, h_n = seqops.elman(wx, torch.randn(1, 1, 8, 8) / 8, nonlinearity="relu")
+        >>> h.shape, bool(h.min() >= 0)
+        (torch.Size([2, 10, 1, 8]), True)
 
     Elman, "Finding structure in time", 1990.
     """

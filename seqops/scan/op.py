@@ -487,6 +487,13 @@ def linear_scan(
 
     Memory: a gradient keeps a, and h and the initial state if a's gradient is wanted too.
 
+    Example:
+        >>> h, last = seqops.linear_scan(torch.ones(1, 4, 1), torch.full((1, 1, 1), 0.5))
+        >>> h.flatten().tolist()
+        [1.0, 1.5, 1.75, 1.875]
+        >>> seqops.linear_scan(torch.ones(1, 1, 1), torch.full((1, 1, 1), 0.5), last)[0].item()  # one step on
+        1.9375
+
     Blelloch, "Prefix sums and their applications", 1990; Martin and Cundy, "Parallelizing linear recurrent neural nets
     over sequence length", 2018.
     """
@@ -525,6 +532,12 @@ def softmax_scan(
         ValueError, RuntimeError, NotImplementedError: as for `linear_scan`.
 
     Memory: a gradient keeps s, v, o, and two numbers of lse's dtype for each step and head.
+
+    Example:
+        >>> scores, values = torch.zeros(1, 4, 1), torch.tensor([1.0, 3.0, 5.0, 7.0]).view(1, 4, 1, 1)
+        >>> o, lse = seqops.softmax_scan(scores, values)  # equal scores: the mean of all values so far
+        >>> [round(mean, 4) for mean in o.flatten().tolist()]
+        [1.0, 2.0, 3.0, 4.0]
 
     Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Feng et al., "Attention as an RNN", 2024.
     """

@@ -256,6 +256,13 @@ def grid_scan(
     Memory: a gradient keeps the gates, and r, d and the initial states if a gate's gradient is wanted too. In 16 bit a
     row of the grid is kept in float32 during the call.
 
+    Example:
+        >>> x_r = x_d = torch.randn(2, 6, 5, 4, 8)  # 2 grids of 6 by 5 nodes, 4 heads of 8 channels
+        >>> gate = torch.full((2, 6, 5, 4), 0.4)
+        >>> r, d = seqops.grid_scan(x_r, x_d, gate, gate, gate, gate)
+        >>> r.shape
+        torch.Size([2, 6, 5, 4, 8])
+
     Poeppel et al., "pLSTM: parallelizable linear source transition mark networks", 2025.
     """
     return ops.grid_scan(

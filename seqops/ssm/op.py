@@ -218,6 +218,13 @@ def ssm_kernel(z: Tensor, c: Tensor, length: int) -> Tensor:
 
     Memory: nothing of size [H, N, length]; on the CPU tables of one head a thread. A gradient keeps z and c.
 
+    Example:
+        >>> z = torch.complex(torch.full((4, 8), -0.1), torch.arange(8.0).expand(4, 8))  # 4 heads, 8 modes each
+        >>> kernel = seqops.ssm_kernel(z, torch.ones_like(z), 100)
+        >>> y = seqops.fft_conv(torch.randn(2, 100, 4), kernel)  # the model, run over a sequence
+        >>> kernel.shape, y.shape
+        (torch.Size([4, 100]), torch.Size([2, 100, 4]))
+
     Gu, Gupta, Goel and Re, "On the parameterization and initialization of diagonal state space models", 2022.
     """
     return ops.ssm_kernel(z, c, length)
@@ -242,6 +249,12 @@ def cauchy_kernel(v: Tensor, nodes: Tensor, w: Tensor) -> Tensor:
         ValueError, RuntimeError, NotImplementedError: as for `ssm_kernel`.
 
     Memory: nothing of size [H, N, L]. A gradient keeps v, nodes and w; that of nodes takes sums of [H / 8, L].
+
+    Example:
+        >>> v, poles = torch.ones(1, 1, dtype=torch.complex64), torch.full((1, 1), -0.5 + 0j)
+        >>> y = seqops.cauchy_kernel(v, torch.tensor([0.5 + 0j, 1.5 + 0j]), poles)
+        >>> y.real.tolist()  # twice 1 / (node + 0.5)
+        [[2.0, 1.0]]
 
     Gu, Goel and Re, "Efficiently modeling long sequences with structured state spaces", 2022.
     """

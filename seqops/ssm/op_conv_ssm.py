@@ -258,6 +258,14 @@ def conv_ssm(
     Memory: states of one block of frames (on the CPU 4 MiB of them, on a GPU 64 MiB, or 16 frames of one row where
     those are more). A gradient keeps the arguments, and one state a block.
 
+    Example:
+        >>> u = torch.randn(2, 10, 8, 8, 3)  # 2 rows of 10 frames, 8 by 8 pixels, 3 channels
+        >>> a = torch.full((16,), 0.9 + 0.1j)
+        >>> b, c = (torch.randn(*shape, dtype=torch.complex64) for shape in ((3, 3, 3, 16), (3, 3, 16, 3)))
+        >>> y, state = seqops.conv_ssm(u, a, b, c)
+        >>> y.shape, state.shape
+        (torch.Size([2, 10, 8, 8, 3]), torch.Size([2, 8, 8, 16]))
+
     Smith, De Mello, Kautz, Linderman and Byeon, "Convolutional state space models for long-range spatiotemporal
     modeling", 2023.
     """

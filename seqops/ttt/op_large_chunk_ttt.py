@@ -361,6 +361,13 @@ def large_chunk_ttt(
     those between are learnt again) and, with momentum or "muon", as many sums; on CPUs also 5 F numbers a token and
     head, products that GPUs compute again.
 
+    Example:
+        >>> q, k, v = (torch.randn(2, 64, 2, 8) for _ in range(3))
+        >>> w0, w1, w2 = (torch.randn(2, 2, *shape) / 4 for shape in ((16, 8), (8, 16), (16, 8)))
+        >>> o, *state = seqops.large_chunk_ttt(q, k, v, w0, w1, w2, torch.full((2, 64, 2, 3), 0.01), 32)
+        >>> o.shape, len(state)  # three matrices and their momentum
+        (torch.Size([2, 64, 2, 8]), 6)
+
     Zhang et al., "Test-time training done right", 2025.
     """
     options = {

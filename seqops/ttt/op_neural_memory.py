@@ -428,6 +428,15 @@ def neural_memory(
     Memory: no weights of single tokens. A gradient keeps the inputs, and the weights (with momentum: and the momentum)
     before every 8th chunk, or every 128 tokens where chunks are shorter than 16; chunks are computed again.
 
+    Example:
+        >>> q, v = torch.randn(2, 64, 2, 8), torch.randn(2, 64, 2, 8)
+        >>> k = torch.nn.functional.normalize(q, dim=-1)
+        >>> rate = torch.full((2, 64, 2), 0.1)
+        >>> o, weights, momentum = seqops.neural_memory(k, k, v, rate, [torch.zeros(2, 2, 8, 8)], 16)
+        >>> o, weights, _ = seqops.neural_memory(k, k, v, rate, weights, 16)  # the piece that follows
+        >>> o.shape
+        torch.Size([2, 64, 2, 8])
+
     Behrouz et al., "Titans: learning to memorize at test time", 2024; Sun et al., "Learning to (learn at test time):
     RNNs with expressive hidden states", 2024; Behrouz et al., "ATLAS: learning to optimally memorize the context at
     test time", 2025.

@@ -154,6 +154,12 @@ def newton_schulz(
     Memory: a gradient keeps x. While it runs there are the iterate and two matrices of min(M, N)^2 numbers, for a
     gradient those of every step: of all matrices on GPUs, of as many as there are threads on the CPU.
 
+    Example:
+        >>> x = torch.randn(16, 32)
+        >>> values = torch.linalg.svdvals(seqops.newton_schulz(x))
+        >>> bool((values - 1).abs().max() < 0.4)  # the singular values are near 1
+        True
+
     Bernstein and Newhouse, "Old optimizer, new norm: an anthology", 2024; Jordan et al., "Muon: an optimizer for hidden
     layers in neural networks", 2024.
     """
