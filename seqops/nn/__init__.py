@@ -1,13 +1,18 @@
 """Modules: torch.nn's recurrent networks and more, computed by seqops' operators."""
 
 from seqops.nn.aaren import Aaren
+from seqops.nn.conv_s5 import ConvS5
 from seqops.nn.convert import convert
+from seqops.nn.informer import Informer
+from seqops.nn.lact import LaCT
 from seqops.nn.lru import LRU
 from seqops.nn.memory import NeuralMemory
 from seqops.nn.min_rnn import MinGRU, MinLSTM
 from seqops.nn.parts import parameter_groups
+from seqops.nn.prob_sparse_attention import ProbSparseAttention
 from seqops.nn.rnn import GRU, LSTM, RNN, SLSTM
 from seqops.nn.s4d import S4D
+from seqops.nn.s5 import S5
 from seqops.nn.streaming import Streaming, detach
 
 __all__ = [
@@ -16,11 +21,16 @@ __all__ = [
     "RNN",
     "SLSTM",
     "Aaren",
+    "ConvS5",
+    "Informer",
+    "LaCT",
     "LRU",
     "MinGRU",
     "MinLSTM",
     "NeuralMemory",
+    "ProbSparseAttention",
     "S4D",
+    "S5",
     "Streaming",
     "convert",
     "detach",

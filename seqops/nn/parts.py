@@ -115,6 +115,46 @@ def cached_attention(
     return o, (keep_last(k, kept), keep_last(v, kept))
 
 
+# ---- projections of attention
+
+
+class Projections(torch.nn.Module):
+    """Linear maps from x [B, T, width] to heads of queries, keys and values, and from the heads' results back.
+
+    Args:
+        owner: whose sizes these are; named in errors.
+        width: D, a multiple of num_heads.
+        num_heads: H.
+        bias: of the maps of values and results. Queries and keys have none: that of keys would change nothing.
+    """
+
+    def __init__(self, owner: object, width: int, num_heads: int, bias: bool = True, **options: Any) -> None:
+        super().__init__()
+        check_positive(owner, width=width, num_heads=num_heads)
+        check_multiple(owner, "width", width, "num_heads", num_heads)
+        self.num_heads = num_heads
+        self.query = torch.nn.Linear(width, width, bias=False, **options)
+        self.key = torch.nn.Linear(width, width, bias=False, **options)
+        self.value = torch.nn.Linear(width, width, bias=bias, **options)
+        self.out = torch.nn.Linear(width, width, bias=bias, **options)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q of x [B, T, width]; k, v of the context [B, S, width], or of x: [B, T or S, H, D]."""
+        context = x if context is None else context
+        q, k, v = self.query(x), self.key(context), self.value(context)
+        return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+
+    def join(self, o: Tensor) -> Tensor:
+        """o [B, T, H, D] -> [B, T, width]."""
+        return self.out(o.flatten(2))
+
+
+def full_ranges(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Ranges for `range_attention`: each of `queries` sees all `keys`."""
+    first = torch.zeros(queries, dtype=torch.int32, device=device)
+    return torch.stack([first, first + keys])[None, None, None]
+
+
 # ---- initial values and training
 
 
