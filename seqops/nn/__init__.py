@@ -1,8 +1,10 @@
 """Modules: torch.nn's recurrent networks and more, computed by seqops' operators."""
 
 from seqops.nn.aaren import Aaren
+from seqops.nn.birdie import Birdie
 from seqops.nn.conv_s5 import ConvS5
 from seqops.nn.convert import convert
+from seqops.nn.hgrn import HGRN
 from seqops.nn.informer import Informer
 from seqops.nn.lact import LaCT
 from seqops.nn.lru import LRU
@@ -10,6 +12,7 @@ from seqops.nn.memory import NeuralMemory
 from seqops.nn.min_rnn import MinGRU, MinLSTM
 from seqops.nn.parts import parameter_groups
 from seqops.nn.prob_sparse_attention import ProbSparseAttention
+from seqops.nn.rg_lru import RGLRU, GriffinBlock
 from seqops.nn.rnn import GRU, LSTM, RNN, SLSTM
 from seqops.nn.s4d import S4D
 from seqops.nn.s5 import S5
@@ -21,7 +24,10 @@ __all__ = [
     "RNN",
     "SLSTM",
     "Aaren",
+    "Birdie",
     "ConvS5",
+    "GriffinBlock",
+    "HGRN",
     "Informer",
     "LaCT",
     "LRU",
@@ -29,6 +35,7 @@ __all__ = [
     "MinLSTM",
     "NeuralMemory",
     "ProbSparseAttention",
+    "RGLRU",
     "S4D",
     "S5",
     "Streaming",

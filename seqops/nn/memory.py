@@ -119,6 +119,8 @@ class NeuralMemory(Streaming):
     Behrouz et al., "Titans: learning to memorize at test time", 2024.
     """
 
+    undecayed = ("scale",)
+
     def __init__(
         self,
         width: int,

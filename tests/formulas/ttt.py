@@ -164,8 +164,56 @@ def neural_memory(module: Any, x: Tensor) -> Tensor:
     return memory_output(module, o, x)
 
 
+# ---- LaCT
+
+
+def lact(module: Any, x: Tensor) -> Tensor:
+    B, T, D = x.shape
+    H, N, C = module.heads, module.fast_heads, module.chunk
+    q, k, v = linear(module.qkv, x).split(D, -1)
+    near = masked_attention(
+        turned(heads_of(q, H)), turned(heads_of(k, H)), heads_of(v, H), window_mask(T, module.window)
+    ).reshape(B, T, D)
+
+    def fast(z: Tensor, which: int) -> Tensor:
+        z = heads_of(silu(z * module.scale[which] + module.offset[which]), N)
+        z = z / ((z * z).sum(-1, keepdim=True).sqrt() + 1e-5)
+        return heads_of(turned(heads_of(z.reshape(B, T, D), H)).reshape(B, T, D), N)
+
+    q, k, v = fast(q, 0), fast(k, 1), heads_of(silu(v), N)
+    rates = torch.log(1 + torch.exp(linear(module.rates, x))).reshape(B, T, N, 3)
+    w = [each.expand(B, *each.shape) for each in module.fast]
+    lengths = [each.norm(dim=-1, keepdim=True) for each in w]
+    S, outputs = [torch.zeros_like(each) for each in w], []
+
+    def f(w: list[Tensor], z: Tensor) -> Tensor:
+        a, b = (torch.einsum("bhij,bthj->bthi", each, z) for each in (w[0], w[2]))
+        return torch.einsum("bhij,bthj->bthi", w[1], silu(a) * b)
+
+    for start in range(0, T, C):
+        at = slice(start, start + C)
+        outputs.append(f(w, q[:, at]))
+        if start + C > T:
+            continue
+        # the rate belongs to a token and a matrix: the gradient of each matrix is that of a loss with its rates
+        d = []
+        for i in range(3):
+            loss = lambda z, i=i, at=at: (rates[:, at, :, i, None] * f(z, k[:, at]) * v[:, at]).sum()  # noqa: E731
+            d.append(slopes(loss, w)[i])
+        if module.momentum:
+            held = (1 / (1 + torch.exp(-linear(module.held, x[:, at])))).mean(1)[..., None, None]
+            S = d = [held * s + new for s, new in zip(S, d, strict=True)]
+        if module.rule["optimizer"] == "muon":
+            d = [orthogonal(each) for each in d]
+        w = [a + b for a, b in zip(w, d, strict=True)]
+        w = [each * length / each.norm(dim=-1, keepdim=True) for each, length in zip(w, lengths, strict=True)]
+    o = rms(torch.cat(outputs, 1)) * module.norm * silu(linear(module.mix, x))[..., None]
+    return linear(module.out, near + o.reshape(B, T, D))
+
+
 # 14 tokens in chunks of 4: twice as many, and four times, end with a chunk; the last chunk here is open
 SIZE = {"width": 8, "heads": 2, "chunk": 4}
+LACT = {"width": 8, "heads": 2, "chunk": 4}
 
 CASES = [
     Case("NeuralMemory", SIZE, neural_memory, (2, 14, 8), prepare=jitter),
@@ -180,4 +228,15 @@ CASES = [
     ),
     # Newton-Schulz turns what is small against the rest into something of size 1, and its rounding with it
     Case("NeuralMemory", {**SIZE, "optimizer": "muon"}, neural_memory, (2, 14, 8), note="muon", bound16=0.08),
+    # the same of LaCT's steps
+    Case("LaCT", {**LACT, "fast_heads": 2}, lact, (2, 14, 8), prepare=jitter, bound16=0.08),
+    Case(
+        "LaCT",
+        {**LACT, "expand": 2, "optimizer": "gd", "momentum": False, "window": 6},
+        lact,
+        (2, 14, 8),
+        note="gd",
+        prepare=jitter,
+        compiled=False,
+    ),
 ]
