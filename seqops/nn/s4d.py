@@ -33,8 +33,8 @@ class S4D(Streaming):
 
     x [B, T, D] -> y [B, T, D] and the state, a tuple of [B, D, N/2, 2] (real and imaginary parts, float32 at least).
 
-    Re λ = -exp(log_decay), so that no mode grows. C starts complex normal, the skip D normal, as published. Weight decay
-    leaves λ and Δ alone. No residual and no norm are inside: a network adds both around the module.
+    Re λ = -exp(log_decay), so that no mode grows. C starts complex normal, the skip D normal, as published. Weight
+    decay leaves λ and Δ alone. No residual and no norm are inside: a network adds both around the module.
 
     Cost: O(T log T) a channel and O(T N) for the state that follows; a step O(D N). Memory: kernels [D, T].
 

@@ -95,7 +95,7 @@ def hold_diagonal(eigenvalues: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bilinear(A: Tensor, B: Tensor, step: Tensor, alpha: float = 0.5) -> tuple[Tensor, Tensor]:
-    """The generalised bilinear rule for A [N, N] or [..., N, N], B [N] or [..., N], step [...]: Ā [..., N, N], B̄ [..., N].
+    """The generalised bilinear rule of A [..., N, N], B [..., N] and step [...]: Ā [..., N, N], B̄ [..., N].
 
     Ā = (I - αΔA)⁻¹ (I + (1-α)ΔA)        B̄ = (I - αΔA)⁻¹ ΔB
     """

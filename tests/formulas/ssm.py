@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests.formulas import Case
+from tests.formulas import Case, jitter
 
 
 def gated(linear: torch.nn.Linear, y: Tensor) -> Tensor:
@@ -37,10 +37,71 @@ def s4d(module: torch.nn.Module, x: Tensor) -> Tensor:
     return gated(module.mix, y)
 
 
+def s5_modes(module: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """What a step keeps of a state, and by how much an input enters."""
+    step = module.log_step.exp()
+    eigenvalues = torch.complex(-1e-4 - module.log_decay.exp(), module.frequency)
+    return torch.exp(step * eigenvalues), (torch.exp(step * eigenvalues) - 1) / eigenvalues
+
+
+def s5(module: torch.nn.Module, x: Tensor) -> Tensor:
+    keep, enter = s5_modes(module)
+    b, c = (p[..., 0] + 1j * p[..., 1] for p in (module.b, module.c))
+
+    def read(u: Tensor, c: Tensor) -> Tensor:
+        h, rows = torch.zeros(u.shape[0], keep.shape[0], dtype=torch.complex128), []
+        for t in range(u.shape[1]):
+            h = keep * h + enter * ((u[:, t] + 0j) @ b.T)
+            rows.append(2 * (h @ c.T).real)
+        return torch.stack(rows, 1)
+
+    y = read(x, c[0]) + module.skip * x
+    if module.bidirectional:
+        y = y + read(x.flip(1), c[1]).flip(1)
+    y = y / 2 * (1 + torch.erf(y / math.sqrt(2)))
+    return y / (1 + torch.exp(-(y @ module.gate.weight.T + module.gate.bias)))
+
+
+def conv_s5(module: torch.nn.Module, x: Tensor) -> Tensor:
+    keep, enter = s5_modes(module)
+    b, c = (p[..., 0] + 1j * p[..., 1] for p in (module.b, module.c))
+    half = module.kernel_size // 2
+
+    def convolve(frame: Tensor, kernel: Tensor) -> Tensor:
+        """frame [B, Y, X, U], kernel [k, k, U, P]: tap by tap."""
+        wide = torch.nn.functional.pad(frame, (0, 0, half, half, half, half))
+        Y, X = frame.shape[1:3]
+        taps = ((i, j) for i in range(2 * half + 1) for j in range(2 * half + 1))
+        return sum(wide[:, i : i + Y, j : j + X] @ kernel[i, j] for i, j in taps)
+
+    def normalised(y: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+        centred = y - y.mean(dims, keepdim=True)
+        return centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
+
+    h, frames = 0, []
+    for t in range(x.shape[1]):
+        h = keep * h + enter * convolve(x[:, t] + 0j, b)
+        y = more = 2 * convolve(h, c).real
+        for norm, convolution in zip(module.norms, module.convolutions, strict=True):
+            groups = normalised(more.unflatten(-1, (norm.num_groups, -1)), (1, 2, 4), norm.eps).flatten(3)
+            groups = groups * norm.weight + norm.bias
+            active = groups / 2 * (1 + torch.erf(groups / math.sqrt(2)))
+            more = convolve(active, convolution.weight.permute(2, 3, 1, 0)) + convolution.bias
+        joined = normalised(x[:, t] + y + more, (3,), module.norm.eps)
+        frames.append(joined * module.norm.weight + module.norm.bias)
+    return torch.stack(frames, 1)
+
+
 CASES = [
     Case("S4D", {"size": 6, "state_size": 8}, s4d, shape=(2, 13, 6)),
     Case("S4D", {"size": 4, "state_size": 6, "init": "lin", "step_min": 1e-5}, s4d, shape=(2, 70, 4), note="lin",
          compiled=False, in16=False, steps=False),
     Case("S4D", {"size": 5, "state_size": 4, "init": "inv", "bidirectional": True}, s4d, shape=(2, 11, 5),
          note="both ways", cuts=()),
+    Case("S5", {"size": 6, "state_size": 8}, s5, shape=(2, 13, 6)),
+    Case("S5", {"size": 4, "state_size": 12, "blocks": 3, "bidirectional": True}, s5, shape=(2, 11, 4), cuts=(),
+         note="both ways"),
+    Case("ConvS5", {"size": 4, "state_size": 3, "norm_groups": 2}, conv_s5, shape=(2, 7, 4, 5, 4), cuts=(1, 5)),
+    Case("ConvS5", {"size": 3, "state_size": 2, "kernel_size": 1, "norm_groups": 1}, conv_s5, shape=(1, 9, 2, 3, 3),
+         cuts=(4,), note="1x1", compiled=False, in16=False, prepare=jitter),
 ]  # fmt: skip
