@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -163,6 +165,86 @@ def packed_questions() -> tuple[Tensor, None, Tensor, Tensor]:
     return torch.randn(2, 12, 8, dtype=torch.float64), None, prefix, starts
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def normed_heads(o: Tensor, module: torch.nn.Module) -> Tensor:
+    """o [..., H, V] -> y [..., D]."""
+    return ((o / torch.sqrt((o * o).mean(-1, keepdim=True) + 1e-5)).flatten(-2) * module.norm) @ module.out.weight.T
+
+
+def plstm_1d(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """Transitions are multiplied as they are, signs included."""
+    B, T, D = x.shape
+    H = module.heads
+    K = D // H
+    S, out = torch.zeros(B, H, K, K, dtype=x.dtype), []
+    for t in range(T):
+        q, k, v = (part.reshape(B, H, K) for part in linear(module.input, x[:, t]).split(D, -1))
+        tau, s, m, d = linear(module.gates, x[:, t]).split(H, -1)
+        tau, s, m, d = torch.tanh(5 * tau), sigmoid(s), sigmoid(m), sigmoid(d)
+        incoming = torch.einsum("bhk,bhkv->bhv", q, S) * m[..., None]
+        out.append((incoming + (d * (q * k).sum(-1))[..., None] * v) / K**0.5)
+        S = tau[..., None, None] * S + s[..., None, None] * k[..., :, None] * v[..., None, :]
+    return normed_heads(torch.stack(out, 1), module)
+
+
+def plstm_2d(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """Node after node of four flipped grids, the state of each edge a matrix."""
+    B, X, Y, D = x.shape
+    H = module.heads
+    K = D // H
+    total: dict[tuple[int, int], Tensor] = {}
+    for flip in range(4):
+        columns = range(X - 1, -1, -1) if flip % 2 else range(X)
+        rows = range(Y - 1, -1, -1) if flip // 2 else range(Y)
+        right: dict[tuple[int, int], Tensor] = {}
+        down: dict[tuple[int, int], Tensor] = {}
+        none = torch.zeros(B, H, K, K, dtype=x.dtype)
+        for i in columns:
+            for j in rows:
+                node = x[:, i, j]
+                q, k, v = (part.reshape(B, H, K) for part in linear(module.input, node).split(D, -1))
+                gates = linear(module.gates, node).reshape(B, 4, -1, H)[:, flip, :, :, None, None].unbind(1)
+                if module.mode == "P":
+                    weight, bias = (
+                        p.reshape(4, H, -1)[flip] for p in (module.orientation.weight, module.orientation.bias)
+                    )
+                    p = sigmoid(0.5 * node @ weight.T / D + bias[:, 0])[..., None, None]
+                    tau, s, m = torch.relu(torch.tanh(5 * gates[0])), sigmoid(gates[1]), sigmoid(gates[2])
+                    t_rl = t_ru = p * tau
+                    t_dl = t_du = 1 - p * tau
+                    s_r, s_d, m_l, m_u = p * s, 1 - p * s, m, m
+                else:
+                    t_rl, t_du, t_ru = (torch.tanh(5 * gate) for gate in gates[:3])
+                    t_dl = 0.0
+                    s_r, s_d, m_l, m_u = (sigmoid(gate) for gate in gates[3:])
+                left = right.get((i + 1 if flip % 2 else i - 1, j), none)
+                up = down.get((i, j + 1 if flip // 2 else j - 1), none)
+                own = k[..., :, None] * v[..., None, :]
+                right[i, j] = t_rl * left + t_ru * up + s_r * own
+                down[i, j] = t_dl * left + t_du * up + s_d * own
+                o = torch.einsum("bhk,bhkv->bhv", q, m_l * left + m_u * up)
+                if flip == 0:
+                    o = o + (sigmoid(linear(module.direct, node)) * (q * k).sum(-1))[..., None] * v
+                total[i, j] = total.get((i, j), 0) + o / K**0.5
+    grid = torch.stack([torch.stack([total[i, j] for j in range(Y)], 1) for i in range(X)], 1)
+    return normed_heads(grid, module)
+
+
+def signs(module: torch.nn.Module) -> None:
+    """Transitions of both signs, and gates far enough open to matter."""
+    jitter(module, 0.5)
+    for name, parameter in module.named_parameters():
+        if name.endswith("gates.bias"):
+            parameter.mul_(0.2)
+
+
+def grid(X: int, Y: int) -> Callable[[], tuple[Tensor]]:
+    return lambda: (torch.randn(2, X, Y, 8, dtype=torch.float64),)
+
+
 CASES = [
     Case("Aaren", {"dim": 8, "heads": 2}, aaren, prepare=jitter),
     Case(
@@ -197,4 +279,28 @@ CASES = [
     Case("Birdie", {"dim": 8}, birdie, note="causal"),
     Case("Birdie", {"dim": 8, "state_size": 6}, birdie, draw=questions, note="prefixes", cuts=()),
     Case("Birdie", {"dim": 8}, birdie, draw=packed_questions, note="documents", cuts=(), in16=False),
+    Case("PLSTM1d", {"dim": 8, "heads": 2}, plstm_1d, prepare=signs),
+    Case("PLSTM1d", {"dim": 8}, plstm_1d, note="as it starts", compiled=False, in16=False),
+    Case("PLSTM2d", {"dim": 8, "heads": 2}, plstm_2d, draw=grid(3, 4), cuts=(), prepare=signs),
+    Case("PLSTM2d", {"dim": 8, "mode": "D"}, plstm_2d, draw=grid(5, 3), note="D", cuts=(), prepare=signs),
+    Case(
+        "PLSTM2d",
+        {"dim": 8, "heads": 4, "mode": "P"},
+        plstm_2d,
+        draw=grid(3, 3),
+        note="P over values",
+        cuts=(),
+        prepare=signs,
+    ),
+    Case(
+        "PLSTM2d",
+        {"dim": 8, "heads": 4, "mode": "D"},
+        plstm_2d,
+        draw=grid(2, 5),
+        note="D over values",
+        cuts=(),
+        prepare=signs,
+        compiled=False,
+        in16=False,
+    ),
 ]
