@@ -92,6 +92,69 @@ def conv_s5(module: torch.nn.Module, x: Tensor) -> Tensor:
     return torch.stack(frames, 1)
 
 
+def averages(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """MegaEMA."""
+    p, damping = 1 / (1 + torch.exp(-module.delta)), 1 / (1 + torch.exp(-module.alpha))
+
+    def read(u: Tensor, way: int) -> Tensor:
+        h, rows = 0, []
+        for t in range(u.shape[1]):
+            h = (1 - p[way] * damping[way]) * h + p[way] * module.beta[way] * u[:, t, :, None]
+            rows.append((module.gamma[way] * h).sum(-1) / math.sqrt(module.averages))
+        return torch.stack(rows, 1)
+
+    y = read(x, 0) + module.omega * x
+    if module.bidirectional:
+        y = y + read(x.flip(1), 1).flip(1)
+    return y / (1 + torch.exp(-y))
+
+
+def bilinear_loop(A: Tensor, b: Tensor, c: Tensor, step: Tensor, x: Tensor) -> Tensor:
+    """y [B, T] of one channel x [B, T]: (I - ΔA/2) h_t = (I + ΔA/2) h_{t-1} + Δ b x_t, y_t = c h_t."""
+    one = torch.eye(A.shape[0], dtype=A.dtype)
+    backward, forward = torch.linalg.inv(one - step * A / 2), one + step * A / 2
+    h, rows = torch.zeros(x.shape[0], A.shape[0], dtype=A.dtype), []
+    for t in range(x.shape[1]):
+        h = (h @ forward.T + step * b * x[:, t, None]) @ backward.T
+        rows.append(h @ c)
+    return torch.stack(rows, 1)
+
+
+def s4(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """Every pair of conjugates written out, A = diag(λ) - P P*."""
+    eigenvalues = torch.complex(-module.log_decay.exp(), module.frequency)
+    p, b, c = (t[..., 0] + 1j * t[..., 1] for t in (module.p, module.b, module.c))
+    eigenvalues, p, b, c = (torch.cat([t, t.conj()], -1) for t in (eigenvalues, p, b, c))
+
+    def read(u: Tensor, c: Tensor) -> Tensor:
+        columns = [
+            bilinear_loop(
+                torch.diag(eigenvalues[d]) - torch.outer(p[d], p[d].conj()),
+                b[d],
+                c[d],
+                module.log_step[d].exp(),
+                u[..., d],
+            )
+            for d in range(u.shape[-1])
+        ]
+        return torch.stack(columns, -1).real
+
+    y = read(x, c[0]) + module.skip * x
+    if module.bidirectional:
+        later = torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
+        y = y + read(later.flip(1), c[1]).flip(1)
+    return gated(module.mix, y)
+
+
+def lssl(module: torch.nn.Module, x: Tensor) -> Tensor:
+    columns = [
+        bilinear_loop(module.a, module.b, module.c[d], module.log_step[d].exp(), x[..., d]) for d in range(x.shape[-1])
+    ]
+    y = torch.stack(columns, -1) + module.skip * x
+    y = y / 2 * (1 + torch.erf(y / math.sqrt(2)))
+    return y @ module.mix.weight.T + module.mix.bias
+
+
 CASES = [
     Case("S4D", {"size": 6, "state_size": 8}, s4d, shape=(2, 13, 6)),
     Case("S4D", {"size": 4, "state_size": 6, "init": "lin", "step_min": 1e-5}, s4d, shape=(2, 70, 4), note="lin",
@@ -104,4 +167,15 @@ CASES = [
     Case("ConvS5", {"size": 4, "state_size": 3, "norm_groups": 2}, conv_s5, shape=(2, 7, 4, 5, 4), cuts=(1, 5)),
     Case("ConvS5", {"size": 3, "state_size": 2, "kernel_size": 1, "norm_groups": 1}, conv_s5, shape=(1, 9, 2, 3, 3),
          cuts=(4,), note="1x1", compiled=False, in16=False, prepare=jitter),
+    Case("MegaEMA", {"size": 6, "averages": 4}, averages, shape=(2, 70, 6), cuts=(1, 30, 66), steps=False),
+    Case("MegaEMA", {"size": 5, "averages": 3}, averages, shape=(2, 9, 5), note="short", compiled=False, in16=False),
+    Case("MegaEMA", {"size": 5, "averages": 2, "bidirectional": True}, averages, shape=(2, 11, 5), cuts=(),
+         note="both ways"),
+    Case("S4", {"size": 3, "state_size": 4}, s4, shape=(2, 12, 3)),
+    Case("S4", {"size": 2, "state_size": 6}, s4, shape=(1, 135, 2), cuts=(1, 70), note="odd and long", steps=False,
+         compiled=False, in16=False),
+    Case("S4", {"size": 2, "state_size": 4, "bidirectional": True}, s4, shape=(2, 9, 2), note="both ways", cuts=()),
+    Case("LSSL", {"size": 3, "state_size": 4}, lssl, shape=(2, 13, 3)),
+    Case("LSSL", {"size": 2, "state_size": 3}, lssl, shape=(1, 150, 2), cuts=(1, 70), note="long", steps=False,
+         compiled=False, in16=False),
 ]  # fmt: skip
