@@ -59,9 +59,9 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def slopes(loss: Callable[[list[Tensor]], Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Of a loss by weights, themselves differentiable."""
+    """Of a loss by weights, themselves differentiable; keys and values that come of the same weights stay constant."""
     with torch.enable_grad():
-        taken = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]
+        taken = [w + 0 if w.requires_grad else w.detach().requires_grad_() for w in weights]
         return [*torch.autograd.grad(loss(taken), taken, create_graph=True)]
 
 
@@ -211,9 +211,61 @@ def lact(module: Any, x: Tensor) -> Tensor:
     return linear(module.out, near + o.reshape(B, T, D))
 
 
+# ---- Titans
+
+
+def window_with_persistent(module: Any, x: Tensor) -> Tensor:
+    """Dense attention to [persistent, x] under a mask."""
+    part, T = module.attention, x.shape[1]
+    P = part.persistent.shape[0]
+    q, k, v = (heads_of(each, part.heads) for each in linear(part.qkv, x).chunk(3, -1))
+    _, kp, vp = (heads_of(each, part.heads) for each in linear(part.qkv, part.persistent[None]).chunk(3, -1))
+    keys = torch.cat([kp.expand(x.shape[0], *kp.shape[1:]), turned(k)], 1)
+    values = torch.cat([vp.expand(x.shape[0], *vp.shape[1:]), v], 1)
+    seen = torch.cat([torch.ones(T, P, dtype=torch.bool), window_mask(T, module.span)], 1)
+    return masked_attention(turned(q), keys, values, seen).reshape(x.shape)
+
+
+def gated(module: Any, y: Tensor, m: Tensor) -> Tensor:
+    return linear(module.out, rms(y) * module.scale[0] / (1 + torch.exp(-rms(m) * module.scale[1])))
+
+
+def titans_mag(module: Any, x: Tensor) -> Tensor:
+    return gated(module, window_with_persistent(module, x), neural_memory(module.memory, x))
+
+
+def titans_mal(module: Any, x: Tensor) -> Tensor:
+    return linear(module.out, window_with_persistent(module, neural_memory(module.memory, x)))
+
+
+def titans_mac(module: Any, x: Tensor) -> Tensor:
+    B, T, D = x.shape
+    memory, part, C = module.memory, module.attention, module.segment
+    weights, sums, outputs = [w.expand(B, *w.shape) for w in memory.memory], None, []
+    _, kp, vp = (heads_of(each, part.heads) for each in linear(part.qkv, part.persistent[None]).chunk(3, -1))
+    for start in range(0, T, C):
+        piece = x[:, start : start + C]
+        n = piece.shape[1]
+        asked = memory_inputs(memory, piece)[0][0]
+        h = torch.stack([answer(weights, asked[:, t]) for t in range(n)], 1)
+        h = (rms(h) * memory.scale).reshape(B, n, D)
+        q, k, v = (heads_of(each, part.heads) for each in linear(part.qkv, piece).chunk(3, -1))
+        _, kh, vh = (heads_of(each, part.heads) for each in linear(part.qkv, h).chunk(3, -1))
+        keys = torch.cat([kp.expand(B, *kp.shape[1:]), turned(kh), turned(k)], 1)
+        values = torch.cat([vp.expand(B, *vp.shape[1:]), vh, v], 1)
+        causal = torch.ones(n, n).tril().bool()
+        seen = torch.cat([torch.ones(n, kp.shape[1], dtype=torch.bool), causal, causal], 1)
+        y = linear(module.attended, masked_attention(turned(q), keys, values, seen).reshape(B, n, D))
+        tokens, gates = memory_inputs(memory, y)
+        o, weights, sums = memory_loop(*tokens, *gates, weights, sums, C, **memory.rule)
+        outputs.append(gated(module, y, memory_output(memory, o, y)))
+    return torch.cat(outputs, 1)
+
+
 # 14 tokens in chunks of 4: twice as many, and four times, end with a chunk; the last chunk here is open
 SIZE = {"width": 8, "heads": 2, "chunk": 4}
 LACT = {"width": 8, "heads": 2, "chunk": 4}
+TITANS = {"width": 8, "heads": 2, "persistent": 3, "memory_heads": 2}
 
 CASES = [
     Case("NeuralMemory", SIZE, neural_memory, (2, 14, 8), prepare=jitter),
@@ -239,4 +291,17 @@ CASES = [
         prepare=jitter,
         compiled=False,
     ),
+    Case("TitansMAC", {**TITANS, "segment": 4, "hidden": 5}, titans_mac, (2, 14, 8), prepare=jitter),
+    Case(
+        "TitansMAC",
+        {**TITANS, "segment": 7, "memory_heads": 1, "momentum": False},
+        titans_mac,
+        (2, 14, 8),
+        note="linear",
+        prepare=jitter,
+        compiled=False,
+        in16=False,
+    ),
+    Case("TitansMAG", {**TITANS, "window": 5, "chunk": 4}, titans_mag, (2, 14, 8), prepare=jitter),
+    Case("TitansMAL", {**TITANS, "window": 5, "chunk": 4, "hidden": 6}, titans_mal, (2, 14, 8), prepare=jitter),
 ]
