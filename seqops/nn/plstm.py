@@ -179,7 +179,8 @@ class PLSTM2d(torch.nn.Module):
         q, k, v = (wide(part).unflatten(-1, (self.heads, -1)) for part in self.input(x).chunk(3, -1))
         q = q * q.shape[-1] ** -0.5
         nodes, K = x.shape[1] * x.shape[2], q.shape[-1]
-        if nodes < K * K:
+        by_nodes = 0 < nodes < K * K
+        if by_nodes:
             carried = torch.eye(nodes, dtype=q.dtype, device=q.device).view(1, *x.shape[1:3], 1, nodes)
         else:
             carried = (k[..., None] * v[..., None, :]).flatten(-2)  # [B, X, Y, H, K V]
@@ -192,7 +193,7 @@ class PLSTM2d(torch.nn.Module):
             arrived = arrived + m_l[..., None] * before(right, 1, flips["flip_x"])
             arrived = arrived + m_u[..., None] * before(down, 2, flips["flip_y"])
 
-        if nodes < K * K:
+        if by_nodes:
             scores = torch.einsum("bnhk,bmhk->bnhm", q.flatten(1, 2), k.flatten(1, 2))
             o = torch.einsum("bnhm,bmhv->bnhv", scores * arrived.flatten(1, 2), v.flatten(1, 2)).view_as(v)
         else:
