@@ -155,6 +155,60 @@ def lssl(module: torch.nn.Module, x: Tensor) -> Tensor:
     return y @ module.mix.weight.T + module.mix.bias
 
 
+def lmu(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """The matrices entry by entry, their hold as the exponential's power series after halving, m step by step."""
+    N, theta = module.memory, module.theta
+    A = torch.zeros(N, N, dtype=torch.float64)
+    for i in range(N):
+        for j in range(N):
+            A[i, j] = (2 * i + 1) / theta * (-1.0 if i < j else (-1.0) ** (i - j + 1))
+    b = torch.tensor([(2 * i + 1) * (-1.0) ** i / theta for i in range(N)], dtype=torch.float64)
+    one, halvings = torch.eye(N, dtype=torch.float64), 12
+    small, term = A / 2**halvings, torch.eye(N, dtype=torch.float64)
+    keep = one.clone()
+    for n in range(1, 18):
+        term = term @ small / n
+        keep = keep + term
+    for _ in range(halvings):
+        keep = keep @ keep
+    enter = torch.linalg.solve(A, (keep - one) @ b)
+    m, rows = torch.zeros(x.shape[0], N, dtype=torch.float64), []
+    for t in range(x.shape[1]):
+        u = (x[:, t] @ module.write.weight.T + module.write.bias).clamp(min=0)
+        m = m @ keep.T + u * enter
+        rows.append((torch.cat([m, x[:, t]], -1) @ module.read.weight.T + module.read.bias).clamp(min=0))
+    return torch.stack(rows, 1)
+
+
+def lmu_former(module: torch.nn.Module, x: Tensor) -> Tensor:
+    def normed(norm: torch.nn.Module, y: Tensor) -> Tensor:
+        return (y - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+
+    def mapped(part: torch.nn.ModuleDict, y: Tensor) -> Tensor:
+        return normed(part["norm"], y @ part["map"].weight[..., 0].T)
+
+    for part in module.stem:
+        taps = part["map"].weight
+        past = torch.cat([torch.zeros_like(x[:, :2]), x], 1)
+        y = sum(past[:, j : j + x.shape[1]] @ taps[..., j].T for j in range(3))
+        x = normed(part["norm"], y).clamp(min=0)
+    for i, memory in enumerate(module.memories):
+        x = x + mapped(module.mixes[i], lmu(memory, x))
+        x = x + mapped(module.narrow[i], mapped(module.widen[i], x).clamp(min=0))
+    return x
+
+
+def move_norms(module: torch.nn.Module) -> None:
+    """Running statistics that are not 0 and 1; memories that something is written to."""
+    for memory in module.memories:
+        memory.write.bias.fill_(0.5)
+    for each in module.modules():
+        if isinstance(each, torch.nn.BatchNorm1d):
+            each.running_mean.normal_(std=0.3)
+            each.running_var.uniform_(0.5, 2)
+            each.bias.normal_(std=0.3)
+
+
 CASES = [
     Case("S4D", {"size": 6, "state_size": 8}, s4d, shape=(2, 13, 6)),
     Case("S4D", {"size": 4, "state_size": 6, "init": "lin", "step_min": 1e-5}, s4d, shape=(2, 70, 4), note="lin",
@@ -178,4 +232,9 @@ CASES = [
     Case("LSSL", {"size": 3, "state_size": 4}, lssl, shape=(2, 13, 3)),
     Case("LSSL", {"size": 2, "state_size": 3}, lssl, shape=(1, 150, 2), cuts=(1, 70), note="long", steps=False,
          compiled=False, in16=False),
+    Case("LMU", {"size": 5, "hidden": 7, "memory": 6, "theta": 9.0}, lmu, shape=(2, 13, 5)),
+    Case("LMU", {"size": 3, "hidden": 4, "memory": 4, "theta": 5.5}, lmu, shape=(1, 140, 3), cuts=(70,), note="long",
+         steps=False, compiled=False, in16=False),
+    Case("LMUFormer", {"size": 3, "dim": 6, "memory": 4, "theta": 6.0, "blocks": 2, "ratio": 2}, lmu_former,
+         shape=(2, 11, 3), prepare=move_norms),
 ]  # fmt: skip
