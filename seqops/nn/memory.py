@@ -40,8 +40,7 @@ def learn_in_chunks(
     chunk: int,
     **options: Any,
 ) -> tuple[Tensor, tuple[Any, ...]]:
-    """`neural_memory` of tokens q, k, v [B, T, H, D] and gates lr, decay, [momentum] [B, T, H], chunks counted from the
-    sequence's start.
+    """`neural_memory` of q, k, v [B, T, H, D] and gates lr[, decay[, momentum]] [B, T, H], in a sequence's own chunks.
 
     state: weights and sums at the start of the open chunk, and its k, v and gates, which are learnt again.
     Returns o [B, T, H, D] and the state after the tokens.
@@ -52,10 +51,12 @@ def learn_in_chunks(
     gates = [append(old, new) for old, new in zip(opened, gates, strict=True)]
 
     def run(at: slice) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-        lr, decay, *momentum = (gate[:, at] for gate in gates)
-        held = {"momentum": momentum[0], "momentum_state": list(sums)} if momentum else {}
-        o, w, s = neural_memory(q[:, at], k[:, at], v[:, at], lr, list(weights), chunk, decay=decay, **held, **options)
-        return o, tuple(w), tuple(s) if momentum else ()
+        lr, *others = (gate[:, at] for gate in gates)
+        given = dict(zip(("decay", "momentum"), others, strict=False)) | options
+        if sums:
+            given["momentum_state"] = list(sums)
+        o, w, s = neural_memory(q[:, at], k[:, at], v[:, at], lr, list(weights), chunk, **given)
+        return o, tuple(w), tuple(s) if sums else ()
 
     total = k.shape[1]
     complete, outputs = total // chunk * chunk, []

@@ -262,10 +262,66 @@ def titans_mac(module: Any, x: Tensor) -> Tensor:
     return torch.cat(outputs, 1)
 
 
+# ---- TTT
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    x = x - x.mean(-1, keepdim=True)
+    return x / ((x * x).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def ttt(module: Any, x: Tensor) -> Tensor:
+    """Token by token, each with weights of its own."""
+    B, _, D = x.shape
+    H, C = module.heads, module.chunk
+    q, k, v = (heads_of(part, H) for part in linear(module.qkv, x).chunk(3, -1))
+    lr = module.rate / (1 + torch.exp(-linear(module.rates, x)))
+    if not module.norm:
+        q, k, v = of_length_one(q), of_length_one(k), of_length_one(v)
+    q, k = turned(q, period=C), turned(k, period=C)
+    if not module.norm:
+        weights = [w.expand(B, *w.shape) for w in module.weights]
+        target = v - k if len(weights) == 1 else v
+        nothing = torch.zeros_like(lr)
+        o, _, _ = memory_loop(q, k, target, lr / C, nothing, None, weights, None, C, "l2", 1, "gd")
+        o = q + o if len(weights) == 1 else o
+    else:
+        o = ttt_loop(module, q, k, v, lr / (D // H))
+    o = layer_norm(o.reshape(x.shape)) * module.post.weight + module.post.bias
+    return linear(module.out, o)
+
+
+def ttt_loop(module: Any, q: Tensor, k: Tensor, v: Tensor, lr: Tensor) -> Tensor:
+    def z(w: list[Tensor], x: Tensor) -> Tensor:
+        y = torch.einsum("bhij,bhj->bhi", w[0], x) + w[1][:, :, 0]
+        return y if len(w) == 2 else torch.einsum("bhij,bhj->bhi", w[2], gelu(y)) + w[3][:, :, 0]
+
+    def norm(y: Tensor) -> Tensor:
+        return layer_norm(y) * module.norm_weight[:, 0] + module.norm_bias[:, 0]
+
+    first = [part for pair in zip(module.weights, module.biases, strict=True) for part in pair]
+    now, outputs = [part.expand(q.shape[0], *part.shape) for part in first], []
+    for t in range(q.shape[1]):
+        at = t % module.chunk
+        if at == 0:
+            first, total = now, [torch.zeros_like(w) for w in now]
+        slope = slopes(lambda w, t=t: (norm(z(w, k[:, t])) - (v[:, t] - k[:, t])).square().sum() / 2, first)
+        total = [old + lr[:, t, :, None, None] * new for old, new in zip(total, slope, strict=True)]
+        rho = torch.relu(1 / (at + 1) + module.shares[at])
+        now = [w - rho * step for w, step in zip(first, total, strict=True)]
+        outputs.append(q[:, t] + norm(z(now, q[:, t])))
+    return torch.stack(outputs, 1)
+
+
 # 14 tokens in chunks of 4: twice as many, and four times, end with a chunk; the last chunk here is open
 SIZE = {"width": 8, "heads": 2, "chunk": 4}
 LACT = {"width": 8, "heads": 2, "chunk": 4}
 TITANS = {"width": 8, "heads": 2, "persistent": 3, "memory_heads": 2}
+TTT = {"width": 8, "heads": 2, "chunk": 4}
 
 CASES = [
     Case("NeuralMemory", SIZE, neural_memory, (2, 14, 8), prepare=jitter),
@@ -304,4 +360,29 @@ CASES = [
     ),
     Case("TitansMAG", {**TITANS, "window": 5, "chunk": 4}, titans_mag, (2, 14, 8), prepare=jitter),
     Case("TitansMAL", {**TITANS, "window": 5, "chunk": 4, "hidden": 6}, titans_mal, (2, 14, 8), prepare=jitter),
+    Case("TTTLinear", TTT, ttt, (2, 14, 8), prepare=jitter),
+    Case("TTTLinear", {**TTT, "norm": False}, ttt, (2, 14, 8), note="plain", compiled=False),
+    Case("TTTMLP", {**TTT, "expand": 2, "rate": 0.5}, ttt, (2, 14, 8), prepare=jitter),
+    Case("TTTMLP", {**TTT, "expand": 2, "norm": False}, ttt, (2, 14, 8), note="plain", compiled=False),
+    Case("OmegaNet", {**SIZE, "window": 3}, neural_memory, (2, 14, 8), prepare=jitter),
+    Case(
+        "OmegaNet",
+        {**SIZE, "degree": 3, "hidden": 5},
+        neural_memory,
+        (2, 14, 8),
+        note="mlp",
+        prepare=jitter,
+        compiled=False,
+        in16=False,
+    ),
+    Case("Atlas", {**SIZE, "hidden": 6}, neural_memory, (2, 14, 8), bound16=0.08),
+    Case(
+        "Atlas",
+        {**SIZE, "chunk": 1, "heads": 1},
+        neural_memory,
+        (1, 7, 8),
+        note="every token",
+        compiled=False,
+        in16=False,
+    ),
 ]
