@@ -162,7 +162,7 @@ def test_aaren_with_large_scores():
 
 
 def test_aaren_names_heads():
-    with pytest.raises(ValueError, match="Aaren: dim: expected a multiple of heads = 3, got 8"):
+    with pytest.raises(ValueError, match="Aaren: dim: expected a multiple of num_heads = 3, got 8"):
         Aaren(8, 3)
 
 
@@ -221,7 +221,7 @@ def test_documents_do_not_mix():
 
 def test_hgrn_layers_share_bounds():
     """One parameter; bounds begin at 0, grow from layer to layer, and stay below 1."""
-    first = HGRN(8, layers=4)
+    first = HGRN(8, num_layers=4)
     stack = torch.nn.ModuleList([first, *(HGRN(8, 4, layer, first.bounds) for layer in range(1, 4))])
     assert len({id(layer.bounds) for layer in stack}) == 1
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_hgrn_layers_share_bounds():
 
 
 def test_hgrn_names_a_bad_layer():
-    with pytest.raises(ValueError, match="HGRN: layer: expected 0 <= layer < layers = 2, got 2"):
+    with pytest.raises(ValueError, match="HGRN: layer: expected 0 <= layer < num_layers = 2, got 2"):
         HGRN(8, 2, 2)
     with pytest.raises(ValueError, match=r"HGRN: bounds: expected shape \[3, 8\], got \[2, 8\]"):
         HGRN(8, 3, 1, HGRN(8, 2).bounds)

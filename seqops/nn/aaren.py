@@ -24,7 +24,7 @@ class Aaren(Streaming):
 
     Args:
         dim: D, features of x and y.
-        heads: H, divides dim.
+        num_heads: H, divides dim.
         bias: whether the projections of values and outputs have biases; one of the keys would cancel.
         device, dtype: of the parameters.
 
@@ -36,10 +36,10 @@ class Aaren(Streaming):
 
     Memory: H scores and dim values for each step. Time: O(T D²) for the projections, O(T D) for the scan.
 
-        y, state = Aaren(64, heads=4)(torch.randn(2, 100, 64))
+        y, state = Aaren(64, num_heads=4)(torch.randn(2, 100, 64))
 
     Raises:
-        ValueError: a size is not positive, heads does not divide dim, or x has a wrong shape or dtype.
+        ValueError: a size is not positive, num_heads does not divide dim, or x has a wrong shape or dtype.
 
     Feng et al., "Attention as an RNN", 2024.
     """
@@ -47,28 +47,28 @@ class Aaren(Streaming):
     undecayed = ("query",)
 
     def __init__(
-        self, dim: int, heads: int = 1, bias: bool = True, *, device: Any = None, dtype: torch.dtype | None = None
+        self, dim: int, num_heads: int = 1, bias: bool = True, *, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        check_positive(self, dim=dim, heads=heads)
-        check_multiple(self, "dim", dim, "heads", heads)
-        self.dim, self.heads = dim, heads
+        check_positive(self, dim=dim, num_heads=num_heads)
+        check_multiple(self, "dim", dim, "num_heads", num_heads)
+        self.dim, self.num_heads = dim, num_heads
         options = {"device": device, "dtype": dtype}
-        self.query = torch.nn.Parameter(torch.empty(heads, dim // heads, **options))
+        self.query = torch.nn.Parameter(torch.empty(num_heads, dim // num_heads, **options))
         self.keys = torch.nn.Linear(dim, dim, bias=False, **options)
         self.values = torch.nn.Linear(dim, dim, bias=bias, **options)
         self.out = torch.nn.Linear(dim, dim, bias=bias, **options)
-        torch.nn.init.normal_(self.query, std=(dim // heads) ** -0.5)
+        torch.nn.init.normal_(self.query, std=(dim // num_heads) ** -0.5)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, heads={self.heads}"
+        return f"{self.dim}, num_heads={self.num_heads}"
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, T, D] and (lse, o) of the steps before -> y [B, T, D], (lse, o) of the last step."""
         check_sequence(self, x, self.dim)
-        reader = torch.einsum("hd,hdi->hi", wide(self.query), wide(self.keys.weight).unflatten(0, (self.heads, -1)))
-        s = functional.linear(x, (reader * (self.dim // self.heads) ** -0.5).to(x.dtype))  # [B, T, H]
-        v = split_heads(self.values(x), self.heads)
+        reader = torch.einsum("hd,hdi->hi", wide(self.query), wide(self.keys.weight).unflatten(0, (self.num_heads, -1)))
+        s = functional.linear(x, (reader * (self.dim // self.num_heads) ** -0.5).to(x.dtype))  # [B, T, H]
+        v = split_heads(self.values(x), self.num_heads)
         s, before = wide(s), (None, None) if state is None else state
         o, lse = softmax_scan(s, v, *before)
         y = self.out(o.flatten(2))

@@ -22,14 +22,14 @@ class HGRN(Streaming):
     The bound b of layer i is `cumsum(softmax(Γ))_i - softmax(Γ)_0`, the softmax over layers: 0 in the first, below 1 in
     the last, learned, and never decreasing from a layer to the next. Γ belongs to all layers:
 
-        first = HGRN(64, layers=3)
+        first = HGRN(64, num_layers=3)
         stack = torch.nn.ModuleList([first, *(HGRN(64, 3, layer, first.bounds) for layer in (1, 2))])
 
     Args:
         dim: D, features of x, y and state.
-        layers: of the model; 1 means no bound.
+        num_layers: of the model; 1 means no bound.
         layer: i, which of them this is, from 0.
-        bounds: Γ [layers, D], the parameter of another layer of the model, to share it; None makes a new one.
+        bounds: Γ [num_layers, D], the parameter of another layer of the model, to share it; None makes a new one.
         device, dtype: of the parameters.
 
     Shapes: x [B, T, D] -> y [B, T, D]; state (h [B, D],), float32 at least, zeros at the start.
@@ -39,7 +39,8 @@ class HGRN(Streaming):
     Memory: 6 D numbers for each step. Time: O(T D²) for the projections, O(T D) for the scan.
 
     Raises:
-        ValueError: a size is not positive, layer is not below layers, bounds or x has a wrong shape, x a wrong dtype.
+        ValueError: a size is not positive, layer is not below num_layers, bounds or x has a wrong shape, x a wrong
+            dtype.
 
     Qin et al., "Hierarchically gated recurrent neural network for sequence modeling", 2023.
     """
@@ -49,7 +50,7 @@ class HGRN(Streaming):
     def __init__(
         self,
         dim: int,
-        layers: int = 1,
+        num_layers: int = 1,
         layer: int = 0,
         bounds: torch.nn.Parameter | None = None,
         *,
@@ -57,20 +58,20 @@ class HGRN(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, dim=dim, layers=layers)
-        expect(0 <= layer < layers, self, "layer", f"0 <= layer < layers = {layers}", layer)
-        self.dim, self.layers, self.layer = dim, layers, layer
+        check_positive(self, dim=dim, num_layers=num_layers)
+        expect(0 <= layer < num_layers, self, "layer", f"0 <= layer < num_layers = {num_layers}", layer)
+        self.dim, self.num_layers, self.layer = dim, num_layers, layer
         options = {"device": device, "dtype": dtype}
         if bounds is None:
-            bounds = torch.nn.Parameter(torch.zeros(layers, dim, **options))
-        expect(bounds.shape == (layers, dim), self, "bounds", f"shape {[layers, dim]}", list(bounds.shape))
+            bounds = torch.nn.Parameter(torch.zeros(num_layers, dim, **options))
+        expect(bounds.shape == (num_layers, dim), self, "bounds", f"shape {[num_layers, dim]}", list(bounds.shape))
         self.bounds = bounds
         self.input = torch.nn.Linear(dim, 3 * dim, bias=False, **options)
         self.norm = torch.nn.Parameter(torch.ones(dim, **options))
         self.out = torch.nn.Linear(dim, dim, bias=False, **options)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, layers={self.layers}, layer={self.layer}"
+        return f"{self.dim}, num_layers={self.num_layers}, layer={self.layer}"
 
     def lower_bound(self) -> Tensor:
         """b [D], in [0, 1)."""

@@ -20,18 +20,18 @@ LEAST = 1e-6
 class _Gates(torch.nn.Linear):
     """Gates of each head from x: weights that start at 0, and biases at `start`, one number for each gate."""
 
-    def __init__(self, dim: int, heads: int, start: list[float], **options: Any) -> None:
-        self.start, self.heads = start, heads
-        super().__init__(dim, len(start) * heads, **options)
+    def __init__(self, dim: int, num_heads: int, start: list[float], **options: Any) -> None:
+        self.start, self.num_heads = start, num_heads
+        super().__init__(dim, len(start) * num_heads, **options)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.weight.zero_()
-        self.bias.copy_(torch.tensor(self.start).repeat_interleave(self.heads))
+        self.bias.copy_(torch.tensor(self.start).repeat_interleave(self.num_heads))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x [..., D] -> of each gate [..., H], in float32 at least."""
-        return [*wide(super().forward(x)).unflatten(-1, (-1, self.heads)).unbind(-2)]
+        return [*wide(super().forward(x)).unflatten(-1, (-1, self.num_heads)).unbind(-2)]
 
 
 def small_linear(inputs: int, outputs: int, bias: bool, **options: Any) -> torch.nn.Linear:
@@ -60,7 +60,7 @@ class PLSTM1d(Streaming):
 
     Args:
         dim: D, features of x and y.
-        heads: H, divides dim; K = V = D / H.
+        num_heads: H, divides dim; K = V = D / H.
         device, dtype: of the parameters.
 
     Shapes: x [B, T, D] -> y [B, T, D]; state (S [B, H, K, V],), float32 at least, zeros at the start.
@@ -72,29 +72,29 @@ class PLSTM1d(Streaming):
     Memory: 7 D numbers for each step. Time: O(T D²) for the projections, O(T D K) for the recurrence.
 
     Raises:
-        ValueError: a size is not positive, heads does not divide dim, or x has a wrong shape or dtype.
+        ValueError: a size is not positive, num_heads does not divide dim, or x has a wrong shape or dtype.
 
     Pöppel et al., "pLSTM: parallelizable linear source transition mark networks", 2025.
     """
 
-    def __init__(self, dim: int, heads: int = 1, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, num_heads: int = 1, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        check_positive(self, dim=dim, heads=heads)
-        check_multiple(self, "dim", dim, "heads", heads)
-        self.dim, self.heads = dim, heads
+        check_positive(self, dim=dim, num_heads=num_heads)
+        check_multiple(self, "dim", dim, "num_heads", num_heads)
+        self.dim, self.num_heads = dim, num_heads
         options = {"device": device, "dtype": dtype}
         self.input = small_linear(dim, 3 * dim, bias=True, **options)
-        self.gates = _Gates(dim, heads, [1.0, -5.0, -5.0, -5.0], **options)
+        self.gates = _Gates(dim, num_heads, [1.0, -5.0, -5.0, -5.0], **options)
         self.norm = torch.nn.Parameter(torch.ones(dim, **options))
         self.out = small_linear(dim, dim, bias=False, **options)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, heads={self.heads}"
+        return f"{self.dim}, num_heads={self.num_heads}"
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         """x [B, T, D] and (S,) of the steps before -> y [B, T, D], (S [B, H, K, V],) after the last step."""
         check_sequence(self, x, self.dim)
-        q, k, v = (split_heads(part, self.heads) for part in self.input(x).chunk(3, -1))
+        q, k, v = (split_heads(part, self.num_heads) for part in self.input(x).chunk(3, -1))
         transition, source, mark, direct = self.gates(x)  # [B, T, H]
         tau, (s, m, d) = torch.tanh(5 * transition), (torch.sigmoid(gate)[..., None] for gate in (source, mark, direct))
         scale = q.shape[-1] ** -0.5
@@ -128,7 +128,7 @@ class PLSTM2d(torch.nn.Module):
 
     Args:
         dim: D, features of x and y.
-        heads: H, divides dim; K = V = D / H.
+        num_heads: H, divides dim; K = V = D / H.
         mode: "P" or "D".
         device, dtype: of the parameters.
 
@@ -142,41 +142,42 @@ class PLSTM2d(torch.nn.Module):
     fewer nodes than that, over the nodes' influence on each other, as many numbers as nodes; the results are equal.
 
     Raises:
-        ValueError: a size is not positive, heads does not divide dim, mode is neither, x has a wrong shape or dtype.
+        ValueError: a size is not positive, num_heads does not divide dim, mode is neither, x has a wrong shape or
+            dtype.
 
     Pöppel et al., "pLSTM: parallelizable linear source transition mark networks", 2025.
     """
 
     def __init__(
-        self, dim: int, heads: int = 1, mode: str = "P", *, device: Any = None, dtype: torch.dtype | None = None
+        self, dim: int, num_heads: int = 1, mode: str = "P", *, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        check_positive(self, dim=dim, heads=heads)
-        check_multiple(self, "dim", dim, "heads", heads)
+        check_positive(self, dim=dim, num_heads=num_heads)
+        check_multiple(self, "dim", dim, "num_heads", num_heads)
         expect(mode in ("P", "D"), self, "mode", "'P' or 'D'", repr(mode))
-        self.dim, self.heads, self.mode = dim, heads, mode
+        self.dim, self.num_heads, self.mode = dim, num_heads, mode
         options = {"device": device, "dtype": dtype}
         self.input = small_linear(dim, 3 * dim, bias=True, **options)
         # Of each flip. P: τ, s, m. D: t_rl, t_du, t_ru, s_r, s_d, m_l, m_u.
         start = [1.0, -5.0, -5.0] if mode == "P" else [1.0] * 3 + [-5.0] * 4
-        self.gates = _Gates(dim, heads, start * 4, **options)
+        self.gates = _Gates(dim, num_heads, start * 4, **options)
         if mode == "P":
-            self.orientation = _Gates(dim, heads, [0.0] * 4, **options)
+            self.orientation = _Gates(dim, num_heads, [0.0] * 4, **options)
             with torch.no_grad():
-                self.orientation.bias.copy_(torch.linspace(-2, 2, heads).repeat(4))
-        self.direct = _Gates(dim, heads, [-5.0], **options)
+                self.orientation.bias.copy_(torch.linspace(-2, 2, num_heads).repeat(4))
+        self.direct = _Gates(dim, num_heads, [-5.0], **options)
         self.norm = torch.nn.Parameter(torch.ones(dim, **options))
         self.out = small_linear(dim, dim, bias=False, **options)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, heads={self.heads}, mode={self.mode!r}"
+        return f"{self.dim}, num_heads={self.num_heads}, mode={self.mode!r}"
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, X, Y, D] -> y [B, X, Y, D]."""
         fits = x.ndim == 4 and x.shape[-1] == self.dim
         expect(fits, self, "x", f"[B, X, Y, D = {self.dim}]", f"shape {list(x.shape)}")
         expect(x.is_floating_point(), self, "x", "a floating dtype", x.dtype)
-        q, k, v = (wide(part).unflatten(-1, (self.heads, -1)) for part in self.input(x).chunk(3, -1))
+        q, k, v = (wide(part).unflatten(-1, (self.num_heads, -1)) for part in self.input(x).chunk(3, -1))
         q = q * q.shape[-1] ** -0.5
         nodes, K = x.shape[1] * x.shape[2], q.shape[-1]
         by_nodes = 0 < nodes < K * K

@@ -34,7 +34,7 @@ class RGLRU(Streaming):
 
     Args:
         dim: D, features of x, y and state.
-        heads: H, divides dim: W_x and W_a are block-diagonal, a feature's gates see the D / H of its head.
+        num_heads: H, divides dim: W_x and W_a are block-diagonal, a feature's gates see the D / H of its head.
         device, dtype: of the parameters.
 
     Shapes: x [B, T, D] -> y [B, T, D]; state (h [B, D], count [B]): float32 at least, and the steps read, int64.
@@ -44,31 +44,31 @@ class RGLRU(Streaming):
     Memory: 6 D numbers for each step. Time: O(T D² / H) for the gates, O(T D) for the scan.
 
     Raises:
-        ValueError: a size is not positive, heads does not divide dim, or x or starts has a wrong shape or dtype.
+        ValueError: a size is not positive, num_heads does not divide dim, or x or starts has a wrong shape or dtype.
 
     De et al., "Griffin: mixing gated linear recurrences with local attention for efficient language models", 2024.
     """
 
     undecayed = ("decay",)
 
-    def __init__(self, dim: int, heads: int = 1, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, num_heads: int = 1, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        check_positive(self, dim=dim, heads=heads)
-        check_multiple(self, "dim", dim, "heads", heads)
-        self.dim, self.heads = dim, heads
-        width, options = dim // heads, {"device": device, "dtype": dtype}
+        check_positive(self, dim=dim, num_heads=num_heads)
+        check_multiple(self, "dim", dim, "num_heads", num_heads)
+        self.dim, self.num_heads = dim, num_heads
+        width, options = dim // num_heads, {"device": device, "dtype": dtype}
         # [gate, head, from, to]: the gate of the decay, then that of the input.
-        self.weight = torch.nn.Parameter(torch.empty(2, heads, width, width, **options))
-        self.bias = torch.nn.Parameter(torch.zeros(2, heads, width, **options))
+        self.weight = torch.nn.Parameter(torch.empty(2, num_heads, width, width, **options))
+        self.bias = torch.nn.Parameter(torch.zeros(2, num_heads, width, **options))
         self.decay = torch.nn.Parameter(torch.empty(dim, **options))
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, heads={self.heads}"
+        return f"{self.dim}, num_heads={self.num_heads}"
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.weight.normal_(std=(self.dim // self.heads) ** -0.5)
+        self.weight.normal_(std=(self.dim // self.num_heads) ** -0.5)
         self.bias.zero_()
         square = torch.empty(self.dim, device=self.decay.device).uniform_(0.9**2, 0.999**2)
         self.decay.copy_(inverse_softplus(-0.5 * square.log()))
@@ -87,7 +87,7 @@ class RGLRU(Streaming):
             fits = starts.shape == x.shape[:2] and starts.dtype == torch.bool
             expect(fits, self, "starts", f"[B, T] = {[B, T]} bool", f"{list(starts.shape)} {starts.dtype}")
             first = first | starts[..., None]
-        products = torch.einsum("bthi,ghij->gbthj", split_heads(x, self.heads), self.weight)
+        products = torch.einsum("bthi,ghij->gbthj", split_heads(x, self.num_heads), self.weight)
         gate, enter = torch.sigmoid(wide(products) + self.bias[:, None, None]).flatten(-2)  # [B, T, D] each
         log_a = -8 * functional.softplus(wide(self.decay)) * gate
         a = torch.where(first, 0.0, log_a.exp())
@@ -104,7 +104,7 @@ class GriffinBlock(Streaming):
     Args:
         dim: D, features of x and y.
         width: R, features of the recurrence; None is dim.
-        heads: of the RG-LRU, divides width.
+        num_heads: of the RG-LRU, divides width.
         taps: W, of the causal convolution.
         device, dtype: of the parameters.
 
@@ -116,11 +116,11 @@ class GriffinBlock(Streaming):
 
     Memory: 10 R numbers for each step. Time: O(T D R) for the projections, O(T R) for convolution and scan.
 
-        block = GriffinBlock(64, heads=4)
+        block = GriffinBlock(64, num_heads=4)
         y, state = block(torch.randn(2, 100, 64))
 
     Raises:
-        ValueError: a size is not positive, heads does not divide width, or x or starts has a wrong shape or dtype.
+        ValueError: a size is not positive, num_heads does not divide width, or x or starts has a wrong shape or dtype.
 
     De et al., "Griffin: mixing gated linear recurrences with local attention for efficient language models", 2024.
     """
@@ -129,7 +129,7 @@ class GriffinBlock(Streaming):
         self,
         dim: int,
         width: int | None = None,
-        heads: int = 1,
+        num_heads: int = 1,
         taps: int = 4,
         *,
         device: Any = None,
@@ -137,15 +137,15 @@ class GriffinBlock(Streaming):
     ) -> None:
         super().__init__()
         width = dim if width is None else width
-        check_positive(self, dim=dim, width=width, heads=heads, taps=taps)
-        check_multiple(self, "width", width, "heads", heads)
+        check_positive(self, dim=dim, width=width, num_heads=num_heads, taps=taps)
+        check_multiple(self, "width", width, "num_heads", num_heads)
         self.dim, self.width, self.taps = dim, width, taps
         options = {"device": device, "dtype": dtype}
         self.gate = torch.nn.Linear(dim, width, **options)
         self.input = torch.nn.Linear(dim, width, **options)
         self.weight = torch.nn.Parameter(torch.empty(width, taps, **options))
         self.bias = torch.nn.Parameter(torch.zeros(width, **options))
-        self.recurrence = RGLRU(width, heads, **options)
+        self.recurrence = RGLRU(width, num_heads, **options)
         self.out = torch.nn.Linear(width, dim, **options)
         for linear in (self.gate, self.input, self.out):
             torch.nn.init.normal_(linear.weight, std=linear.in_features**-0.5)

@@ -13,7 +13,7 @@ from tests.formulas import Case, jitter
 def aaren(module: torch.nn.Module, x: Tensor) -> Tensor:
     """Attention of the learned query to the keys of all steps so far, one step after another."""
     B, T, D = x.shape
-    H = module.heads
+    H = module.num_heads
     keys = (x @ module.keys.weight.T).reshape(B, T, H, D // H)
     values = (x @ module.values.weight.T + (0 if module.values.bias is None else module.values.bias)).reshape(
         B, T, H, D // H
@@ -73,7 +73,7 @@ def lru(module: torch.nn.Module, x: Tensor) -> Tensor:
 
 def rg_lru(module: torch.nn.Module, x: Tensor, _: None = None, starts: Tensor | None = None) -> Tensor:
     B, T, D = x.shape
-    H = module.heads
+    H = module.num_heads
     h, out = torch.zeros(B, D, dtype=x.dtype), []
     for t in range(T):
         gates = []
@@ -177,7 +177,7 @@ def normed_heads(o: Tensor, module: torch.nn.Module) -> Tensor:
 def plstm_1d(module: torch.nn.Module, x: Tensor) -> Tensor:
     """Transitions are multiplied as they are, signs included."""
     B, T, D = x.shape
-    H = module.heads
+    H = module.num_heads
     K = D // H
     S, out = torch.zeros(B, H, K, K, dtype=x.dtype), []
     for t in range(T):
@@ -193,7 +193,7 @@ def plstm_1d(module: torch.nn.Module, x: Tensor) -> Tensor:
 def plstm_2d(module: torch.nn.Module, x: Tensor) -> Tensor:
     """Node after node of four flipped grids, the state of each edge a matrix."""
     B, X, Y, D = x.shape
-    H = module.heads
+    H = module.num_heads
     K = D // H
     total: dict[tuple[int, int], Tensor] = {}
     for flip in range(4):
@@ -246,7 +246,7 @@ def grid(X: int, Y: int) -> Callable[[], tuple[Tensor]]:
 
 
 CASES = [
-    Case("Aaren", {"dim": 8, "heads": 2}, aaren, prepare=jitter),
+    Case("Aaren", {"dim": 8, "num_heads": 2}, aaren, prepare=jitter),
     Case(
         "Aaren",
         {"dim": 8, "bias": False},
@@ -270,22 +270,22 @@ CASES = [
     ),
     Case("LRU", {"dim": 8, "state_size": 6, "r_min": 0.3, "r_max": 0.95}, lru),
     Case("LRU", {"dim": 8}, lru, note="whole disc", prepare=lambda m: jitter(m, 0.1), compiled=False, in16=False),
-    Case("RGLRU", {"dim": 8, "heads": 2}, rg_lru, prepare=jitter),
+    Case("RGLRU", {"dim": 8, "num_heads": 2}, rg_lru, prepare=jitter),
     Case("RGLRU", {"dim": 8}, rg_lru, draw=documents, note="documents", cuts=(), in16=False, prepare=jitter),
-    Case("GriffinBlock", {"dim": 8, "width": 12, "heads": 3}, griffin, prepare=jitter),
-    Case("HGRN", {"dim": 8, "layers": 4, "layer": 2}, hgrn, prepare=jitter),
+    Case("GriffinBlock", {"dim": 8, "width": 12, "num_heads": 3}, griffin, prepare=jitter),
+    Case("HGRN", {"dim": 8, "num_layers": 4, "layer": 2}, hgrn, prepare=jitter),
     Case("HGRN", {"dim": 8}, hgrn, note="no bound", compiled=False, in16=False),
-    Case("HGRN", {"dim": 8, "layers": 3, "layer": 2}, hgrn, note="last layer", compiled=False, in16=False),
+    Case("HGRN", {"dim": 8, "num_layers": 3, "layer": 2}, hgrn, note="last layer", compiled=False, in16=False),
     Case("Birdie", {"dim": 8}, birdie, note="causal"),
     Case("Birdie", {"dim": 8, "state_size": 6}, birdie, draw=questions, note="prefixes", cuts=()),
     Case("Birdie", {"dim": 8}, birdie, draw=packed_questions, note="documents", cuts=(), in16=False),
-    Case("PLSTM1d", {"dim": 8, "heads": 2}, plstm_1d, prepare=signs),
+    Case("PLSTM1d", {"dim": 8, "num_heads": 2}, plstm_1d, prepare=signs),
     Case("PLSTM1d", {"dim": 8}, plstm_1d, note="as it starts", compiled=False, in16=False),
-    Case("PLSTM2d", {"dim": 8, "heads": 2}, plstm_2d, draw=grid(3, 4), cuts=(), prepare=signs),
+    Case("PLSTM2d", {"dim": 8, "num_heads": 2}, plstm_2d, draw=grid(3, 4), cuts=(), prepare=signs),
     Case("PLSTM2d", {"dim": 8, "mode": "D"}, plstm_2d, draw=grid(5, 3), note="D", cuts=(), prepare=signs),
     Case(
         "PLSTM2d",
-        {"dim": 8, "heads": 4, "mode": "P"},
+        {"dim": 8, "num_heads": 4, "mode": "P"},
         plstm_2d,
         draw=grid(3, 3),
         note="P over values",
@@ -294,7 +294,7 @@ CASES = [
     ),
     Case(
         "PLSTM2d",
-        {"dim": 8, "heads": 4, "mode": "D"},
+        {"dim": 8, "num_heads": 4, "mode": "D"},
         plstm_2d,
         draw=grid(2, 5),
         note="D over values",
