@@ -27,7 +27,7 @@ class ConvS5(Streaming):
     recurrence in between is linear: there is no loop over time as in a ConvLSTM.
 
     Args:
-        size: channels U of a frame.
+        dim: channels U of a frame.
         state_size: P, complex states of a pixel.
         kernel_size: of all convolutions, odd.
         norm_groups: of the group norms; they divide U.
@@ -40,7 +40,7 @@ class ConvS5(Streaming):
     λ starts as the normal part of HiPPO-LegS of 2P states, B as V* times a He-normal kernel, C as a He-normal kernel
     times V. Re λ = -1e-4 - exp(log_decay), where the authors clip at -1e-4. Weight decay leaves λ and Δ alone.
 
-    Cost: 8 k² U P operations a pixel for the states and 4 k² U² for the block, k the kernel size; a step costs a T-th.
+    Cost: 8 k² U P operations a pixel for the states and 4 k² U² for the block, k the kernel dim; a step costs a T-th.
     Memory: that of x, and one state for each block of frames (see `seqops.conv_ssm`).
 
     Raises:
@@ -53,7 +53,7 @@ class ConvS5(Streaming):
 
     def __init__(
         self,
-        size: int,
+        dim: int,
         state_size: int = 128,
         kernel_size: int = 3,
         norm_groups: int = 32,
@@ -64,35 +64,35 @@ class ConvS5(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, size=size, state_size=state_size, kernel_size=kernel_size, norm_groups=norm_groups)
-        check_multiple(self, "size", size, "norm_groups", norm_groups)
+        check_positive(self, dim=dim, state_size=state_size, kernel_size=kernel_size, norm_groups=norm_groups)
+        check_multiple(self, "dim", dim, "norm_groups", norm_groups)
         # An even kernel would move every frame by half a pixel.
         expect(kernel_size % 2 == 1, self, "kernel_size", "an odd number", kernel_size)
         expect(0 < step_min <= step_max, self, "step_min", f"0 < step_min <= step_max = {step_max}", step_min)
-        self.size, self.state_size, self.kernel_size = size, state_size, kernel_size
+        self.dim, self.state_size, self.kernel_size = dim, state_size, kernel_size
         made = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         eigenvalues, V = block_legs(2 * state_size, 1)
         area = kernel_size**2
-        b = torch.randn(kernel_size, kernel_size, size, 2 * state_size, dtype=torch.float64)
-        c = torch.randn(kernel_size, kernel_size, 2 * state_size, size, dtype=torch.float64)
-        b = (b * math.sqrt(2 / (size * area)) + 0j) @ V.conj()
+        b = torch.randn(kernel_size, kernel_size, dim, 2 * state_size, dtype=torch.float64)
+        c = torch.randn(kernel_size, kernel_size, 2 * state_size, dim, dtype=torch.float64)
+        b = (b * math.sqrt(2 / (dim * area)) + 0j) @ V.conj()
         c = V.T @ (c * math.sqrt(2 / (2 * state_size * area)) + 0j)
         self.log_step = torch.nn.Parameter(log_uniform((state_size,), step_min, step_max, **made).log())
         self.log_decay = torch.nn.Parameter((-eigenvalues.real - LEAST_DECAY).log().to(**made))
         self.frequency = torch.nn.Parameter(eigenvalues.imag.to(**made, copy=True))
         self.b = torch.nn.Parameter(torch.view_as_real(b.resolve_conj()).to(**made))
         self.c = torch.nn.Parameter(torch.view_as_real(c).to(**made))
-        self.norms = torch.nn.ModuleList(torch.nn.GroupNorm(norm_groups, size, **made) for _ in range(2))
-        convolutions = (torch.nn.Conv2d(size, size, kernel_size, padding="same", **made) for _ in range(2))
+        self.norms = torch.nn.ModuleList(torch.nn.GroupNorm(norm_groups, dim, **made) for _ in range(2))
+        convolutions = (torch.nn.Conv2d(dim, dim, kernel_size, padding="same", **made) for _ in range(2))
         self.convolutions = torch.nn.ModuleList(convolutions)
-        self.norm = torch.nn.LayerNorm(size, **made)
+        self.norm = torch.nn.LayerNorm(dim, **made)
 
     def extra_repr(self) -> str:
-        return f"{self.size}, state_size={self.state_size}, kernel_size={self.kernel_size}"
+        return f"{self.dim}, state_size={self.state_size}, kernel_size={self.kernel_size}"
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
-        fits = x.ndim == 5 and x.shape[-1] == self.size
-        expect(fits, self, "x", f"[B, T, Y, X, U = {self.size}]", f"shape {list(x.shape)}")
+        fits = x.ndim == 5 and x.shape[-1] == self.dim
+        expect(fits, self, "x", f"[B, T, Y, X, U = {self.dim}]", f"shape {list(x.shape)}")
         expect(x.is_floating_point(), self, "x", "a floating dtype", x.dtype)
         eigenvalues = torch.complex(-torch.exp(wide(self.log_decay)) - LEAST_DECAY, wide(self.frequency))
         z, inflow = hold_diagonal(eigenvalues, torch.exp(wide(self.log_step)))

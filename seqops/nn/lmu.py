@@ -22,9 +22,9 @@ class LMU(Streaming):
     Ā and B̄ are constants: the zero-order hold of the delay of length theta, in float64 whatever the module's dtype.
 
     Args:
-        size: channels D of x.
+        dim: channels D of x.
         hidden: channels of y.
-        memory: N, polynomials.
+        state_size: N, polynomials.
         theta: steps that the memory spans.
         device, dtype: of the parameters.
 
@@ -43,27 +43,27 @@ class LMU(Streaming):
 
     def __init__(
         self,
-        size: int,
+        dim: int,
         hidden: int,
-        memory: int = 256,
+        state_size: int = 256,
         theta: float = 128.0,
         *,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, size=size, hidden=hidden, memory=memory)
+        check_positive(self, dim=dim, hidden=hidden, state_size=state_size)
         expect(theta > 0, self, "theta", "a number above 0", theta)
-        self.size, self.hidden, self.memory, self.theta = size, hidden, memory, theta
-        self.write = torch.nn.Linear(size, 1, device=device, dtype=dtype)
-        self.read = torch.nn.Linear(memory + size, hidden, device=device, dtype=dtype)
-        A, b = ssm.hold(*ssm.lmu(memory, theta))
+        self.dim, self.hidden, self.state_size, self.theta = dim, hidden, state_size, theta
+        self.write = torch.nn.Linear(dim, 1, device=device, dtype=dtype)
+        self.read = torch.nn.Linear(state_size + dim, hidden, device=device, dtype=dtype)
+        A, b = ssm.hold(*ssm.lmu(state_size, theta))
         # As integers, which `module.bfloat16()` leaves alone: rounded, the memory would drift.
         bits = torch.cat([A, b[:, None]], 1).view(torch.int64).to(device)
         self.register_buffer("system_bits", bits, persistent=False)
 
     def extra_repr(self) -> str:
-        return f"{self.size}, {self.hidden}, memory={self.memory}, theta={self.theta}"
+        return f"{self.dim}, {self.hidden}, state_size={self.state_size}, theta={self.theta}"
 
     def system(self) -> tuple[Tensor, Tensor]:
         """Ā [N, N] and B̄ [N], float64."""
@@ -77,10 +77,10 @@ class LMU(Streaming):
         return torch.relu(self.read(torch.cat([m.to(x.dtype), x], -1)))
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
-        check_sequence(self, x, self.size)
+        check_sequence(self, x, self.dim)
         u, (A, b) = self.written(x), self.system()
         m = fft_conv(u, dense.applied(A, b, x.shape[1]).mT[None].to(u.dtype))[:, :, 0]
-        start = u.new_zeros(x.shape[0], self.memory)
+        start = u.new_zeros(x.shape[0], self.state_size)
         if state is not None:
             start = state[0]
             m = m + dense.applied(A, start.double() @ A.mT, x.shape[1]).to(m.dtype)
@@ -88,7 +88,7 @@ class LMU(Streaming):
 
     def step(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         """x [B, D] and the state before it -> y [B, hidden] and the state after it, by the recurrence."""
-        check_sequence(self, x[:, None], self.size)
+        check_sequence(self, x[:, None], self.dim)
         u, (A, b) = self.written(x), self.system()
         m = u.double() * b if state is None else state[0].double() @ A.mT + u.double() * b
         m = m.to(u.dtype)
@@ -105,9 +105,9 @@ class LMUFormer(Streaming):
     width 1).
 
     Args:
-        size: channels D of x.
+        channels: channels D of x.
         dim: channels of the blocks and of y.
-        memory, theta: of the LMUs.
+        state_size, theta: of the LMUs.
         blocks: how many.
         ratio: hidden channels of the perceptron, as a multiple of dim.
         device, dtype: of the parameters.
@@ -115,9 +115,9 @@ class LMUFormer(Streaming):
     x [B, T, D] -> y [B, T, dim] and the state, a tuple: for each convolution of the stem the last two inputs [B, 2, ·],
     then for each block the LMU's state.
 
-    Published sizes are dim = memory = 256, theta = 128 and one block. The stem's depth and its activation are ours, the
-    spiking variant is left out. In training, batch norms see whole pieces: only in evaluation do pieces give what the
-    whole gives.
+    Published sizes are dim = state_size = 256, theta = 128 and one block. The stem's depth and its activation are ours,
+    the spiking variant is left out. In training, batch norms see whole pieces: only in evaluation do pieces give what
+    the whole gives.
 
     Cost: that of LMU, and 2 (1 + ratio) dim² products a step and block. Memory: activations.
 
@@ -129,9 +129,9 @@ class LMUFormer(Streaming):
 
     def __init__(
         self,
-        size: int,
+        channels: int,
         dim: int = 256,
-        memory: int = 256,
+        state_size: int = 256,
         theta: float = 128.0,
         blocks: int = 1,
         ratio: int = 4,
@@ -140,26 +140,26 @@ class LMUFormer(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, size=size, dim=dim, memory=memory, blocks=blocks, ratio=ratio)
+        check_positive(self, channels=channels, dim=dim, state_size=state_size, blocks=blocks, ratio=ratio)
         expect(theta > 0, self, "theta", "a number above 0", theta)
-        self.size, self.dim = size, dim
+        self.channels, self.dim = channels, dim
         made = {"device": device, "dtype": dtype}
 
         def mapped(inputs: int, outputs: int, width: int = 1) -> torch.nn.ModuleDict:
             convolution = torch.nn.Conv1d(inputs, outputs, width, bias=False, **made)
             return torch.nn.ModuleDict({"map": convolution, "norm": torch.nn.BatchNorm1d(outputs, **made)})
 
-        self.stem = torch.nn.ModuleList(mapped(inputs, dim, 3) for inputs in (size, dim))
-        self.memories = torch.nn.ModuleList(LMU(dim, dim, memory, theta, **made) for _ in range(blocks))
+        self.stem = torch.nn.ModuleList(mapped(inputs, dim, 3) for inputs in (channels, dim))
+        self.memories = torch.nn.ModuleList(LMU(dim, dim, state_size, theta, **made) for _ in range(blocks))
         self.mixes = torch.nn.ModuleList(mapped(dim, dim) for _ in range(blocks))
         self.widen = torch.nn.ModuleList(mapped(dim, ratio * dim) for _ in range(blocks))
         self.narrow = torch.nn.ModuleList(mapped(ratio * dim, dim) for _ in range(blocks))
 
     def extra_repr(self) -> str:
-        return f"{self.size}, dim={self.dim}"
+        return f"{self.channels}, dim={self.dim}"
 
     def forward(self, x: Tensor, state: tuple[Any, ...] | None = None) -> tuple[Tensor, tuple[Any, ...]]:
-        check_sequence(self, x, self.size)
+        check_sequence(self, x, self.channels)
         before = (None,) * (2 + len(self.memories)) if state is None else state
         after = []
         for part, cache in zip(self.stem, before[:2], strict=True):

@@ -24,7 +24,7 @@ class LSSL(Streaming):
     adds its response, and a step is the recurrence.
 
     Args:
-        size: channels D.
+        dim: channels D.
         state_size: N, states of a channel. (256 published.)
         step_min, step_max: Δ starts log-uniform between them, one of a channel.
         device, dtype: of the parameters.
@@ -48,7 +48,7 @@ class LSSL(Streaming):
 
     def __init__(
         self,
-        size: int,
+        dim: int,
         state_size: int = 64,
         step_min: float = 1e-3,
         step_max: float = 0.1,
@@ -57,20 +57,20 @@ class LSSL(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, size=size, state_size=state_size)
+        check_positive(self, dim=dim, state_size=state_size)
         expect(0 < step_min <= step_max, self, "step_min", f"0 < step_min <= step_max = {step_max}", step_min)
-        self.size, self.state_size = size, state_size
+        self.dim, self.state_size = dim, state_size
         made = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         a, b = legs(state_size)
         self.a = torch.nn.Parameter(a.to(**made))
         self.b = torch.nn.Parameter(b.to(**made))
-        self.log_step = torch.nn.Parameter(log_uniform((size,), step_min, step_max, **made).log())
-        self.c = torch.nn.Parameter(torch.randn(size, state_size, **made))
-        self.skip = torch.nn.Parameter(torch.randn(size, **made))
-        self.mix = torch.nn.Linear(size, size, **made)
+        self.log_step = torch.nn.Parameter(log_uniform((dim,), step_min, step_max, **made).log())
+        self.c = torch.nn.Parameter(torch.randn(dim, state_size, **made))
+        self.skip = torch.nn.Parameter(torch.randn(dim, **made))
+        self.mix = torch.nn.Linear(dim, dim, **made)
 
     def extra_repr(self) -> str:
-        return f"{self.size}, state_size={self.state_size}"
+        return f"{self.dim}, state_size={self.state_size}"
 
     def system(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ā [D, N, N], B̄, C [D, N], skip [D]."""
@@ -78,7 +78,7 @@ class LSSL(Streaming):
         return A, b, wide(self.c), wide(self.skip)
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
-        check_sequence(self, x, self.size)
+        check_sequence(self, x, self.dim)
         with torch.autocast(x.device.type, enabled=False):
             A, b, c, skip = self.system()
             k = dense.outgoing(A, b, c, x.shape[1])
@@ -87,7 +87,7 @@ class LSSL(Streaming):
 
     def step(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         """x [B, D] and the state before it -> y [B, D] and the state after it, by the recurrence."""
-        check_sequence(self, x[:, None], self.size)
+        check_sequence(self, x[:, None], self.dim)
         with torch.autocast(x.device.type, enabled=False):
             y, after = dense.advance(wide(x), *self.system(), None if state is None else state[0])
         return self.mix(functional.gelu(y).to(x.dtype)), (after,)

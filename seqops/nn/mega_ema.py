@@ -24,8 +24,8 @@ class MegaEMA(Streaming):
     Training computes one convolution with the kernel Σ_n gamma_n p_n beta_n q_nˡ / √N; a state adds its response.
 
     Args:
-        size: channels D.
-        averages: N of a channel.
+        dim: channels D.
+        state_size: N, averages of a channel.
         bidirectional: averages of their own run backwards; the module then returns y alone.
         device, dtype: of the parameters.
 
@@ -47,35 +47,35 @@ class MegaEMA(Streaming):
 
     def __init__(
         self,
-        size: int,
-        averages: int = 16,
+        dim: int,
+        state_size: int = 16,
         bidirectional: bool = False,
         *,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, size=size, averages=averages)
-        self.size, self.averages, self.bidirectional = size, averages, bidirectional
-        shape, made = (1 + bidirectional, size, averages), {"device": device, "dtype": dtype}
+        check_positive(self, dim=dim, state_size=state_size)
+        self.dim, self.state_size, self.bidirectional = dim, state_size, bidirectional
+        shape, made = (1 + bidirectional, dim, state_size), {"device": device, "dtype": dtype}
         self.delta = torch.nn.Parameter(0.2 * torch.randn(shape, **made))
         self.alpha = torch.nn.Parameter(0.2 * torch.randn(shape, **made))
-        sign = 1 - 2 * torch.remainder(torch.arange(averages, **made), 2)
+        sign = 1 - 2 * torch.remainder(torch.arange(state_size, **made), 2)
         self.beta = torch.nn.Parameter(sign + 0.02 * torch.randn(shape, **made))
         self.gamma = torch.nn.Parameter(torch.randn(shape, **made))
-        self.omega = torch.nn.Parameter(torch.randn(size, **made))
+        self.omega = torch.nn.Parameter(torch.randn(dim, **made))
 
     def extra_repr(self) -> str:
-        return f"{self.size}, averages={self.averages}, bidirectional={self.bidirectional}"
+        return f"{self.dim}, state_size={self.state_size}, bidirectional={self.bidirectional}"
 
     def modes(self) -> tuple[Tensor, Tensor]:
         """z = log q and the weights of the kernels, both [1 or 2, D, N]."""
         p = torch.sigmoid(wide(self.delta))
         z = torch.log1p(-p * torch.sigmoid(wide(self.alpha)))
-        return z, wide(self.gamma) * p * wide(self.beta) / math.sqrt(self.averages)
+        return z, wide(self.gamma) * p * wide(self.beta) / math.sqrt(self.state_size)
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> Any:
-        check_sequence(self, x, self.size)
+        check_sequence(self, x, self.dim)
         expect(state is None or not self.bidirectional, self, "state", "None where bidirectional", type(state).__name__)
         (z, c), u, omega = self.modes(), wide(x), wide(self.omega)
         u = u.to(z.dtype)
@@ -89,7 +89,7 @@ class MegaEMA(Streaming):
     def step(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         """x [B, D] and the state before it -> y [B, D] and the state after it, by the recurrence."""
         expect(not self.bidirectional, self, "step", "a causal module", "bidirectional=True")
-        check_sequence(self, x[:, None], self.size)
+        check_sequence(self, x[:, None], self.dim)
         z, c = self.modes()
         before = None if state is None else state[0]
         y, after = diagonal.advance(wide(x).to(z.dtype), z[0], c[0], wide(self.omega), before)

@@ -28,7 +28,7 @@ class S4(Streaming):
     Cauchy sums; a state adds its response, and a step uses Ā.
 
     Args:
-        size: channels D.
+        dim: channels D.
         state_size: N, real states of a channel. Even.
         bidirectional: a second kernel reads what follows; the module then returns y alone, and has no state.
         step_min, step_max: Δ starts log-uniform between them, one of a channel.
@@ -53,7 +53,7 @@ class S4(Streaming):
 
     def __init__(
         self,
-        size: int,
+        dim: int,
         state_size: int = 64,
         bidirectional: bool = False,
         step_min: float = 1e-3,
@@ -63,24 +63,24 @@ class S4(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, size=size, state_size=state_size)
+        check_positive(self, dim=dim, state_size=state_size)
         expect(state_size % 2 == 0, self, "state_size", "an even number", state_size)
         expect(0 < step_min <= step_max, self, "step_min", f"0 < step_min <= step_max = {step_max}", step_min)
-        self.size, self.state_size, self.bidirectional = size, state_size, bidirectional
+        self.dim, self.state_size, self.bidirectional = dim, state_size, bidirectional
         made = {"device": device, "dtype": dtype or torch.get_default_dtype()}
-        eigenvalues, p, b, _ = (t.expand(size, *t.shape) for t in normal_legs(state_size))
-        self.log_step = torch.nn.Parameter(log_uniform((size,), step_min, step_max, **made).log())
+        eigenvalues, p, b, _ = (t.expand(dim, *t.shape) for t in normal_legs(state_size))
+        self.log_step = torch.nn.Parameter(log_uniform((dim,), step_min, step_max, **made).log())
         self.log_decay = torch.nn.Parameter((-eigenvalues.real).log().to(**made))
         self.frequency = torch.nn.Parameter(eigenvalues.imag.to(**made, copy=True))
         self.p = torch.nn.Parameter(torch.view_as_real(p).to(**made, copy=True))
         self.b = torch.nn.Parameter(torch.view_as_real(b).to(**made, copy=True))
         kernels = 1 + bidirectional
-        self.c = torch.nn.Parameter(torch.randn(kernels, size, state_size // 2, 2, **made) * math.sqrt(0.5))
-        self.skip = torch.nn.Parameter(torch.randn(size, **made))
-        self.mix = torch.nn.Linear(size, 2 * size, **made)
+        self.c = torch.nn.Parameter(torch.randn(kernels, dim, state_size // 2, 2, **made) * math.sqrt(0.5))
+        self.skip = torch.nn.Parameter(torch.randn(dim, **made))
+        self.mix = torch.nn.Linear(dim, 2 * dim, **made)
 
     def extra_repr(self) -> str:
-        return f"{self.size}, state_size={self.state_size}, bidirectional={self.bidirectional}"
+        return f"{self.dim}, state_size={self.state_size}, bidirectional={self.bidirectional}"
 
     def system(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ā [D, N, N], B̄ [D, N], C [1 or 2, D, N] of the recurrence in real and imaginary parts."""
@@ -96,7 +96,7 @@ class S4(Streaming):
     def kernel(self, A: Tensor, c: Tensor, T: int) -> Tensor:
         """[D, T]: the inverse transform of C (I - Ā^T) (I - ωĀ)⁻¹ B̄ at the T-th roots ω of unity."""
         if T == 0:
-            return c.new_zeros(self.size, 0)
+            return c.new_zeros(self.dim, 0)
         ends = c - (torch.linalg.matrix_power(A, T).mT @ c[..., None])[..., 0]
         real, imaginary = ends.unflatten(-1, (2, -1)).unbind(-2)
         c = torch.complex(real, -imaginary) / 2
@@ -110,14 +110,14 @@ class S4(Streaming):
         k00, k01, k10, k11 = cauchy_kernel(weights, nodes, poles.repeat(4, 1)).chunk(4)
         values = (1 + nodes / 2) * (k00 - k01 * k10 / (1 + k11))
         if T % 2 == 0:
-            values = torch.cat([values, weights[: self.size].sum(-1, keepdim=True).real + 0j], -1)
+            values = torch.cat([values, weights[: self.dim].sum(-1, keepdim=True).real + 0j], -1)
         return torch.fft.irfft(values, T)
 
     def output(self, y: Tensor, x: Tensor) -> Tensor:
         return functional.glu(self.mix(functional.gelu(y).to(x.dtype)), -1)
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> Any:
-        check_sequence(self, x, self.size)
+        check_sequence(self, x, self.dim)
         expect(state is None or not self.bidirectional, self, "state", "None where bidirectional", type(state).__name__)
         u, skip, T = wide(x), wide(self.skip), x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
@@ -132,7 +132,7 @@ class S4(Streaming):
     def step(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         """x [B, D] and the state before it -> y [B, D] and the state after it, by the recurrence."""
         expect(not self.bidirectional, self, "step", "a causal module", "bidirectional=True")
-        check_sequence(self, x[:, None], self.size)
+        check_sequence(self, x[:, None], self.dim)
         with torch.autocast(x.device.type, enabled=False):
             A, b, c = self.system()
             y, after = dense.advance(wide(x), A, b, c[0], wide(self.skip), None if state is None else state[0])

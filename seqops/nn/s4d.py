@@ -24,7 +24,7 @@ class S4D(Streaming):
     Training computes y as one convolution with the kernel 2 Re Σ C (e^{Δλ} - 1)/λ e^{lΔλ}; a state adds its response.
 
     Args:
-        size: channels D.
+        dim: channels D.
         state_size: N, real states of a channel: N/2 complex ones are kept, the others are their conjugates. Even.
         init: "legs", "lin" or "inv", where λ starts.
         bidirectional: a second kernel reads what follows; the module then returns y alone, and has no state.
@@ -48,7 +48,7 @@ class S4D(Streaming):
 
     def __init__(
         self,
-        size: int,
+        dim: int,
         state_size: int = 64,
         init: str = "legs",
         bidirectional: bool = False,
@@ -59,23 +59,23 @@ class S4D(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, size=size, state_size=state_size)
+        check_positive(self, dim=dim, state_size=state_size)
         expect(state_size % 2 == 0, self, "state_size", "an even number", state_size)
         expect(init in ("legs", "lin", "inv"), self, "init", "'legs', 'lin' or 'inv'", repr(init))
         expect(0 < step_min <= step_max, self, "step_min", f"0 < step_min <= step_max = {step_max}", step_min)
-        self.size, self.state_size, self.bidirectional = size, state_size, bidirectional
+        self.dim, self.state_size, self.bidirectional = dim, state_size, bidirectional
         made = {"device": device, "dtype": dtype or torch.get_default_dtype()}
-        eigenvalues = diagonal_start(init, state_size).expand(size, -1)
+        eigenvalues = diagonal_start(init, state_size).expand(dim, -1)
         kernels = 1 + bidirectional
-        self.log_step = torch.nn.Parameter(log_uniform((size,), step_min, step_max, **made).log())
+        self.log_step = torch.nn.Parameter(log_uniform((dim,), step_min, step_max, **made).log())
         self.log_decay = torch.nn.Parameter((-eigenvalues.real).log().to(**made))
         self.frequency = torch.nn.Parameter(eigenvalues.imag.to(**made, copy=True))
-        self.c = torch.nn.Parameter(torch.randn(kernels, size, state_size // 2, 2, **made) * math.sqrt(0.5))
-        self.skip = torch.nn.Parameter(torch.randn(size, **made))
-        self.mix = torch.nn.Linear(size, 2 * size, **made)
+        self.c = torch.nn.Parameter(torch.randn(kernels, dim, state_size // 2, 2, **made) * math.sqrt(0.5))
+        self.skip = torch.nn.Parameter(torch.randn(dim, **made))
+        self.mix = torch.nn.Linear(dim, 2 * dim, **made)
 
     def extra_repr(self) -> str:
-        return f"{self.size}, state_size={self.state_size}, bidirectional={self.bidirectional}"
+        return f"{self.dim}, state_size={self.state_size}, bidirectional={self.bidirectional}"
 
     def modes(self) -> tuple[Tensor, Tensor]:
         """z = Δλ [D, N/2] and the weights of the kernels [1 or 2, D, N/2], complex."""
@@ -87,7 +87,7 @@ class S4D(Streaming):
         return functional.glu(self.mix(functional.gelu(y).to(x.dtype)), -1)
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> Any:
-        check_sequence(self, x, self.size)
+        check_sequence(self, x, self.dim)
         z, c = self.modes()
         u, skip = wide(x).to(z.real.dtype), wide(self.skip)
         if self.bidirectional:
@@ -101,7 +101,7 @@ class S4D(Streaming):
     def step(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         """x [B, D] and the state before it -> y [B, D] and the state after it, by the recurrence."""
         expect(not self.bidirectional, self, "step", "a causal module", "bidirectional=True")
-        check_sequence(self, x[:, None], self.size)
+        check_sequence(self, x[:, None], self.dim)
         z, c = self.modes()
         before = diagonal.from_pairs(None if state is None else state[0], z)
         y, after = diagonal.advance(wide(x).to(z.real.dtype), z, c[0], wide(self.skip), before)

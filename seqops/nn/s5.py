@@ -28,7 +28,7 @@ class S5(Streaming):
     The states of all channels are one linear scan, so a sequence costs O(T) and any piece starts from a state.
 
     Args:
-        size: channels D.
+        dim: channels D.
         state_size: P, real states: P/2 complex ones are kept, the others are their conjugates.
         blocks: λ starts as that many copies of the LegS spectrum of P/blocks states, which must be even.
         bidirectional: a second scan runs backwards and C reads both; the module then returns y alone.
@@ -53,7 +53,7 @@ class S5(Streaming):
 
     def __init__(
         self,
-        size: int,
+        dim: int,
         state_size: int = 256,
         blocks: int = 1,
         bidirectional: bool = False,
@@ -64,28 +64,28 @@ class S5(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, size=size, state_size=state_size, blocks=blocks)
+        check_positive(self, dim=dim, state_size=state_size, blocks=blocks)
         check_multiple(self, "state_size", state_size, "2 * blocks", 2 * blocks)
         expect(0 < step_min <= step_max, self, "step_min", f"0 < step_min <= step_max = {step_max}", step_min)
-        self.size, self.state_size, self.bidirectional = size, state_size, bidirectional
+        self.dim, self.state_size, self.bidirectional = dim, state_size, bidirectional
         made = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         eigenvalues, V = block_legs(state_size, blocks)
         columns = 1 + bidirectional
-        b = V.mH @ (torch.randn(state_size, size, dtype=torch.float64) / math.sqrt(size) + 0j)
-        weights = torch.randn(columns, size, state_size, dtype=torch.float64) / math.sqrt(state_size)
+        b = V.mH @ (torch.randn(state_size, dim, dtype=torch.float64) / math.sqrt(dim) + 0j)
+        weights = torch.randn(columns, dim, state_size, dtype=torch.float64) / math.sqrt(state_size)
         self.log_step = torch.nn.Parameter(log_uniform((state_size // 2,), step_min, step_max, **made).log())
         self.log_decay = torch.nn.Parameter((-eigenvalues.real - LEAST_DECAY).log().to(**made))
         self.frequency = torch.nn.Parameter(eigenvalues.imag.to(**made, copy=True))
         self.b = torch.nn.Parameter(torch.view_as_real(b).to(**made))
         self.c = torch.nn.Parameter(torch.view_as_real((weights + 0j) @ V).to(**made))
-        self.skip = torch.nn.Parameter(torch.randn(size, **made))
-        self.gate = torch.nn.Linear(size, size, **made)
+        self.skip = torch.nn.Parameter(torch.randn(dim, **made))
+        self.gate = torch.nn.Linear(dim, dim, **made)
 
     def extra_repr(self) -> str:
-        return f"{self.size}, state_size={self.state_size}, bidirectional={self.bidirectional}"
+        return f"{self.dim}, state_size={self.state_size}, bidirectional={self.bidirectional}"
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> Any:
-        check_sequence(self, x, self.size)
+        check_sequence(self, x, self.dim)
         expect(state is None or not self.bidirectional, self, "state", "None where bidirectional", type(state).__name__)
         with torch.autocast(x.device.type, enabled=False):
             y, after = self.scan(wide(x).to(wide(self.skip).dtype), None if state is None else state[0])

@@ -100,7 +100,7 @@ def averages(module: torch.nn.Module, x: Tensor) -> Tensor:
         h, rows = 0, []
         for t in range(u.shape[1]):
             h = (1 - p[way] * damping[way]) * h + p[way] * module.beta[way] * u[:, t, :, None]
-            rows.append((module.gamma[way] * h).sum(-1) / math.sqrt(module.averages))
+            rows.append((module.gamma[way] * h).sum(-1) / math.sqrt(module.state_size))
         return torch.stack(rows, 1)
 
     y = read(x, 0) + module.omega * x
@@ -157,7 +157,7 @@ def lssl(module: torch.nn.Module, x: Tensor) -> Tensor:
 
 def lmu(module: torch.nn.Module, x: Tensor) -> Tensor:
     """The matrices entry by entry, their hold as the exponential's power series after halving, m step by step."""
-    N, theta = module.memory, module.theta
+    N, theta = module.state_size, module.theta
     A = torch.zeros(N, N, dtype=torch.float64)
     for i in range(N):
         for j in range(N):
@@ -210,31 +210,31 @@ def move_norms(module: torch.nn.Module) -> None:
 
 
 CASES = [
-    Case("S4D", {"size": 6, "state_size": 8}, s4d, shape=(2, 13, 6)),
-    Case("S4D", {"size": 4, "state_size": 6, "init": "lin", "step_min": 1e-5}, s4d, shape=(2, 70, 4), note="lin",
+    Case("S4D", {"dim": 6, "state_size": 8}, s4d, shape=(2, 13, 6)),
+    Case("S4D", {"dim": 4, "state_size": 6, "init": "lin", "step_min": 1e-5}, s4d, shape=(2, 70, 4), note="lin",
          compiled=False, in16=False, steps=False),
-    Case("S4D", {"size": 5, "state_size": 4, "init": "inv", "bidirectional": True}, s4d, shape=(2, 11, 5),
+    Case("S4D", {"dim": 5, "state_size": 4, "init": "inv", "bidirectional": True}, s4d, shape=(2, 11, 5),
          note="both ways", cuts=()),
-    Case("S5", {"size": 6, "state_size": 8}, s5, shape=(2, 13, 6)),
-    Case("S5", {"size": 4, "state_size": 12, "blocks": 3, "bidirectional": True}, s5, shape=(2, 11, 4), cuts=(),
+    Case("S5", {"dim": 6, "state_size": 8}, s5, shape=(2, 13, 6)),
+    Case("S5", {"dim": 4, "state_size": 12, "blocks": 3, "bidirectional": True}, s5, shape=(2, 11, 4), cuts=(),
          note="both ways"),
-    Case("ConvS5", {"size": 4, "state_size": 3, "norm_groups": 2}, conv_s5, shape=(2, 7, 4, 5, 4), cuts=(1, 5)),
-    Case("ConvS5", {"size": 3, "state_size": 2, "kernel_size": 1, "norm_groups": 1}, conv_s5, shape=(1, 9, 2, 3, 3),
+    Case("ConvS5", {"dim": 4, "state_size": 3, "norm_groups": 2}, conv_s5, shape=(2, 7, 4, 5, 4), cuts=(1, 5)),
+    Case("ConvS5", {"dim": 3, "state_size": 2, "kernel_size": 1, "norm_groups": 1}, conv_s5, shape=(1, 9, 2, 3, 3),
          cuts=(4,), note="1x1", compiled=False, in16=False, prepare=jitter),
-    Case("MegaEMA", {"size": 6, "averages": 4}, averages, shape=(2, 70, 6), cuts=(1, 30, 66), steps=False),
-    Case("MegaEMA", {"size": 5, "averages": 3}, averages, shape=(2, 9, 5), note="short", compiled=False, in16=False),
-    Case("MegaEMA", {"size": 5, "averages": 2, "bidirectional": True}, averages, shape=(2, 11, 5), cuts=(),
+    Case("MegaEMA", {"dim": 6, "state_size": 4}, averages, shape=(2, 70, 6), cuts=(1, 30, 66), steps=False),
+    Case("MegaEMA", {"dim": 5, "state_size": 3}, averages, shape=(2, 9, 5), note="short", compiled=False, in16=False),
+    Case("MegaEMA", {"dim": 5, "state_size": 2, "bidirectional": True}, averages, shape=(2, 11, 5), cuts=(),
          note="both ways"),
-    Case("S4", {"size": 3, "state_size": 4}, s4, shape=(2, 12, 3)),
-    Case("S4", {"size": 2, "state_size": 6}, s4, shape=(1, 135, 2), cuts=(1, 70), note="odd and long", steps=False,
+    Case("S4", {"dim": 3, "state_size": 4}, s4, shape=(2, 12, 3)),
+    Case("S4", {"dim": 2, "state_size": 6}, s4, shape=(1, 135, 2), cuts=(1, 70), note="odd and long", steps=False,
          compiled=False, in16=False),
-    Case("S4", {"size": 2, "state_size": 4, "bidirectional": True}, s4, shape=(2, 9, 2), note="both ways", cuts=()),
-    Case("LSSL", {"size": 3, "state_size": 4}, lssl, shape=(2, 13, 3)),
-    Case("LSSL", {"size": 2, "state_size": 3}, lssl, shape=(1, 150, 2), cuts=(1, 70), note="long", steps=False,
+    Case("S4", {"dim": 2, "state_size": 4, "bidirectional": True}, s4, shape=(2, 9, 2), note="both ways", cuts=()),
+    Case("LSSL", {"dim": 3, "state_size": 4}, lssl, shape=(2, 13, 3)),
+    Case("LSSL", {"dim": 2, "state_size": 3}, lssl, shape=(1, 150, 2), cuts=(1, 70), note="long", steps=False,
          compiled=False, in16=False),
-    Case("LMU", {"size": 5, "hidden": 7, "memory": 6, "theta": 9.0}, lmu, shape=(2, 13, 5)),
-    Case("LMU", {"size": 3, "hidden": 4, "memory": 4, "theta": 5.5}, lmu, shape=(1, 140, 3), cuts=(70,), note="long",
+    Case("LMU", {"dim": 5, "hidden": 7, "state_size": 6, "theta": 9.0}, lmu, shape=(2, 13, 5)),
+    Case("LMU", {"dim": 3, "hidden": 4, "state_size": 4, "theta": 5.5}, lmu, shape=(1, 140, 3), cuts=(70,), note="long",
          steps=False, compiled=False, in16=False),
-    Case("LMUFormer", {"size": 3, "dim": 6, "memory": 4, "theta": 6.0, "blocks": 2, "ratio": 2}, lmu_former,
+    Case("LMUFormer", {"channels": 3, "dim": 6, "state_size": 4, "theta": 6.0, "blocks": 2, "ratio": 2}, lmu_former,
          shape=(2, 11, 3), prepare=move_norms),
 ]  # fmt: skip
