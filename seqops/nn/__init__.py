@@ -18,6 +18,7 @@ from seqops.nn.longformer import Longformer, Recformer
 from seqops.nn.lru import LRU
 from seqops.nn.lssl import LSSL
 from seqops.nn.mamba2 import Mamba2
+from seqops.nn.mega import MegaAttention
 from seqops.nn.mega_ema import MegaEMA
 from seqops.nn.memory import NeuralMemory
 from seqops.nn.min_rnn import MinGRU, MinLSTM
@@ -34,6 +35,7 @@ from seqops.nn.s4 import S4
 from seqops.nn.s4d import S4D
 from seqops.nn.s5 import S5
 from seqops.nn.streaming import Streaming, detach
+from seqops.nn.tcnca import TCNCA
 from seqops.nn.titans import TitansMAC, TitansMAG, TitansMAL
 from seqops.nn.ttt import TTTMLP, TTTLinear
 
@@ -62,6 +64,7 @@ __all__ = [
     "LRU",
     "LSSL",
     "Mamba2",
+    "MegaAttention",
     "MegaEMA",
     "MinGRU",
     "MinLSTM",
@@ -80,6 +83,7 @@ __all__ = [
     "S4D",
     "S5",
     "Streaming",
+    "TCNCA",
     "TitansMAC",
     "TitansMAG",
     "TitansMAL",

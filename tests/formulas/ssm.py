@@ -209,6 +209,52 @@ def move_norms(module: torch.nn.Module) -> None:
             each.bias.normal_(std=0.3)
 
 
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def dilated(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """The convolutions of TCNCA, tap by tap."""
+    layers, _, width = module.weight.shape
+    for i in range(layers):
+        steps = []
+        for t in range(x.shape[1]):
+            z = module.bias[i].expand(x.shape[0], -1)
+            for j in range(width):
+                before = t - j * module.factor**i
+                if before >= 0:
+                    z = z + module.weight[i, :, width - 1 - j] * x[:, before]
+            steps.append(silu(z))
+        x = x + torch.stack(steps, 1)
+    return x
+
+
+def gated_chunks(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """MegaAttention and TCNCA, query by query."""
+    T, D = x.shape[1:]
+    Z, V, C = module.key_dim, module.value_dim, module.chunk_size
+    m = dilated(module.average, x) if hasattr(module.average, "factor") else averages(module.average, x)
+    mapped = m @ module.gates.weight.T + module.gates.bias
+    u, z, r, h = mapped[..., :D], mapped[..., D : D + Z], mapped[..., D + Z : D + Z + V], mapped[..., D + Z + V :]
+    u, z, r = 1 / (1 + torch.exp(-u)), silu(z), silu(r)
+    q, k = module.gamma[0] * z + module.beta[0], module.gamma[1] * z + module.beta[1]
+    v = silu(x @ module.value.weight.T + module.value.bias)
+    rows = []
+    for t in range(T):
+        start = t // C * C
+        end = t + 1 if module.causal else min(start + C, T)
+        products = (q[:, t, None] * k[:, start:end]).sum(-1)
+        bias = torch.stack([module.bias[C - 1 + i - t] for i in range(start, end)])
+        if module.activation == "softmax":
+            p = torch.softmax(products / math.sqrt(Z) + bias, -1)
+        else:
+            scores = products / (end - start) + bias
+            p = (1 + torch.erf((scores - math.sqrt(0.5)) * math.sqrt(2 * math.pi))) / 2
+        rows.append((p[..., None] * v[:, start:end]).sum(1))
+    o = torch.stack(rows, 1)
+    return x + u * (silu(h + (r * o) @ module.out.weight.T + module.out.bias) - x)
+
+
 CASES = [
     Case("S4D", {"dim": 6, "state_size": 8}, s4d, shape=(2, 13, 6)),
     Case("S4D", {"dim": 4, "state_size": 6, "init": "lin", "step_min": 1e-5}, s4d, shape=(2, 70, 4), note="lin",
@@ -237,4 +283,12 @@ CASES = [
          steps=False, compiled=False, in16=False),
     Case("LMUFormer", {"channels": 3, "dim": 6, "state_size": 4, "theta": 6.0, "blocks": 2, "ratio": 2}, lmu_former,
          shape=(2, 11, 3), prepare=move_norms),
+    Case("MegaAttention", {"dim": 6, "chunk_size": 4, "key_dim": 4, "value_dim": 8, "state_size": 2}, gated_chunks,
+         shape=(2, 12, 6), prepare=jitter),
+    Case("MegaAttention", {"dim": 5, "chunk_size": 4, "key_dim": 3, "activation": "laplace", "state_size": 2},
+         gated_chunks, shape=(2, 14, 5), prepare=jitter, note="laplace", compiled=False),
+    Case("MegaAttention", {"dim": 4, "chunk_size": 5, "key_dim": 4, "causal": False, "activation": "laplace"},
+         gated_chunks, shape=(2, 13, 4), prepare=jitter, note="both ways", cuts=(), in16=False),
+    Case("TCNCA", {"dim": 6, "chunk_size": 4, "key_dim": 4, "value_dim": 8, "width": 3, "factor": 2, "layers": 2},
+         gated_chunks, shape=(2, 12, 6), prepare=jitter),
 ]  # fmt: skip
