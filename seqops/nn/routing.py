@@ -124,8 +124,7 @@ class RoutingAttention(Streaming):
         """Moves the centroids towards the tokens of the last training forward: one step of online k-means."""
         if self.seen is None:
             raise RuntimeError("RoutingAttention: update_centroids: expected a forward in training mode before it")
-        centroids = self.centroids.to(self.seen[0].dtype) if self.centroids.dtype == torch.float64 else self.centroids
-        self.centroids.copy_(update_centroids(centroids, *self.seen, decay=self.decay))
+        self.centroids.copy_(update_centroids(self.centroids, *self.seen, decay=self.decay))
         self.seen = None
 
 
