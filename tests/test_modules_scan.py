@@ -86,6 +86,37 @@ def test_compiled_steps_share_a_graph(module):
     assert graphs == 2  # without a state, and with one
 
 
+@pytest.mark.parametrize(
+    ("module", "numbers"),
+    [
+        (Aaren(32, 4), 3 * 32 + 3 * 4),
+        (MinGRU(32), 6 * 32),
+        (MinLSTM(32), 8 * 32),
+        (LRU(32, 64), 32 + 2 * 64),
+        (RGLRU(32, 4), 12 * 32),
+        (GriffinBlock(32, 32, 4), 18 * 32),
+        (HGRN(32, 2, 1), 13 * 32),
+        (Birdie(32, 64), 13 * 64),
+        (PLSTM1d(32), 10 * 32),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else type(value).__name__,
+)
+def test_memory_of_a_gradient(module, numbers):
+    """Docstrings say how many numbers of float32 are kept for each step."""
+    parameters, kept = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = module(torch.randn(2, 256, 32))
+    assert result[0].grad_fn is not None
+    assert sum(nbytes for nbytes, _ in kept.values()) / (4 * 2 * 256) == pytest.approx(numbers, rel=0.08)
+
+
 # ---- LRU
 
 

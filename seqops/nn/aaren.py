@@ -34,7 +34,7 @@ class Aaren(Streaming):
     Initialisation: query normal / sqrt(D / H), projections as torch.nn.Linear's. The authors' code was not found;
     theirs are unconfirmed.
 
-    Memory: H scores and dim values for each step. Time: O(T D²) for the projections, O(T D) for the scan.
+    Memory: a gradient keeps 3 D + 3 H numbers for each step. Time: O(T D²) for the projections, O(T D) for the scan.
 
         y, state = Aaren(64, num_heads=4)(torch.randn(2, 100, 64))
 

@@ -36,7 +36,8 @@ class Birdie(Streaming):
     Initialisation: as torch.nn.Linear's; the paper's is unconfirmed. The published example applies the a of the token
     before; here, as in the formula, a_t is the token's own.
 
-    Memory: 6 N numbers for each step. Time: O(T D N) for the projections, O(T N) for the two scans.
+    Memory: a gradient keeps about 13 N numbers for each step. Time: O(T D N) for the projections, O(T N) for the two
+    scans.
 
     Raises:
         ValueError: a size is not positive, state_size is odd, n has a wrong shape or dtype, prefix or starts a wrong

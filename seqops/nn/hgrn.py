@@ -36,7 +36,7 @@ class HGRN(Streaming):
 
     Initialisation: Γ zeros, so that bounds grow evenly; projections as torch.nn.Linear's, without biases; norm 1.
 
-    Memory: 6 D numbers for each step. Time: O(T D²) for the projections, O(T D) for the scan.
+    Memory: a gradient keeps about 13 D numbers for each step. Time: O(T D²) for the projections, O(T D) for the scan.
 
     Raises:
         ValueError: a size is not positive, layer is not below num_layers, bounds or x has a wrong shape, x a wrong

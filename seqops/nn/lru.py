@@ -35,7 +35,7 @@ class LRU(Streaming):
     Initialisation: λ uniform in area on the ring, γ = log sqrt(1 - abs(λ)²), which makes all states alike in size; B
     normal / sqrt(2 D) and C normal / sqrt(N) in each part, skip normal.
 
-    Memory: 4 N numbers for each step, inputs and states. Time: O(T D N) for the projections, O(T N) for the scan.
+    Memory: a gradient keeps D + 2 N numbers for each step. Time: O(T D N) for the projections, O(T N) for the scan.
 
         y, state = LRU(64, 128, r_min=0.9, r_max=0.999)(torch.randn(2, 100, 64))
 

@@ -72,7 +72,8 @@ class MinGRU(_MinRNN):
 
     Initialisation: as torch.nn.Linear's.
 
-    Memory: 4 expansion D numbers for each step. Time: O(T D²) for the projections, O(T D) for the scan.
+    Memory: a gradient keeps about 6 D numbers for each step, times expansion. Time: O(T D²) for the projections, O(T
+    D) for the scan.
 
     Raises:
         ValueError: a size is not positive, or x has a wrong shape or dtype.
@@ -106,7 +107,8 @@ class MinLSTM(_MinRNN):
 
     Initialisation: as torch.nn.Linear's, but for forget_bias.
 
-    Memory: 5 expansion D numbers for each step. Time: O(T D²) for the projections, O(T D) for the scan.
+    Memory: a gradient keeps about 8 D numbers for each step, times expansion. Time: O(T D²) for the projections, O(T
+    D) for the scan.
 
     Raises:
         ValueError: a size is not positive, forget_bias without bias, or x has a wrong shape or dtype.

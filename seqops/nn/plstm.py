@@ -69,7 +69,8 @@ class PLSTM1d(Streaming):
     norm 1. The published default has transitions that are 4 × 4 matrices, and source, mark and direct gates that are
     biases alone.
 
-    Memory: 7 D numbers for each step. Time: O(T D²) for the projections, O(T D K) for the recurrence.
+    Memory: a gradient keeps about 10 D numbers for each step. Time: O(T D²) for the projections, O(T D K) for the
+    recurrence.
 
     Raises:
         ValueError: a size is not positive, num_heads does not divide dim, or x has a wrong shape or dtype.

@@ -41,7 +41,7 @@ class RGLRU(Streaming):
 
     Initialisation: `exp(-2 softplus(Λ))` uniform between 0.9² and 0.999²; W normal / sqrt(D / H), biases 0.
 
-    Memory: 6 D numbers for each step. Time: O(T D² / H) for the gates, O(T D) for the scan.
+    Memory: a gradient keeps about 12 D numbers for each step. Time: O(T D² / H) for the gates, O(T D) for the scan.
 
     Raises:
         ValueError: a size is not positive, num_heads does not divide dim, or x or starts has a wrong shape or dtype.
@@ -114,7 +114,8 @@ class GriffinBlock(Streaming):
     Initialisation: projections normal / sqrt(features read), taps normal · sqrt(0.01 / W), biases 0. The published
     output projection also shrinks with the number of layers.
 
-    Memory: 10 R numbers for each step. Time: O(T D R) for the projections, O(T R) for convolution and scan.
+    Memory: a gradient keeps about 18 R numbers for each step. Time: O(T D R) for the projections, O(T R) for
+    convolution and scan.
 
         block = GriffinBlock(64, num_heads=4)
         y, state = block(torch.randn(2, 100, 64))
