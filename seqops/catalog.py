@@ -9,9 +9,9 @@ import ast
 import inspect
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import seqops
@@ -64,32 +64,35 @@ class Module:
     operators: tuple[str, ...]
 
 
+@cache
 def rooms() -> dict[str, str]:
     """Packages of operators and what each holds: the beginning of the package's docstring."""
     found = dict.fromkeys(operator.room for operator in operators())
     return {room: first_sentence(sys.modules[f"seqops.{room}"]).split(":")[0].rstrip(".") for room in found}
 
 
-def operators() -> list[Operator]:
+@cache
+def operators() -> tuple[Operator, ...]:
     """In the order of rooms and, in each, of the code."""
     names = [name for name in seqops.__all__ if name in backend.table()]
     found = [Operator(name, room_of(name), first_sentence(of := getattr(seqops, name)), papers(of)) for name in names]
     order = {room: place for place, room in enumerate(ORDER)}
-    return sorted(found, key=lambda each: (order.get(each.room, len(order)), each.room, each.name))
+    return tuple(sorted(found, key=lambda each: (order.get(each.room, len(order)), each.room, each.name)))
 
 
 def room_of(name: str) -> str:
     return getattr(seqops, name).__module__.split(".")[1]
 
 
-def modules() -> list[Module]:
+@cache
+def modules() -> tuple[Module, ...]:
     """The classes of seqops.nn whose forward runs operators, in the order of `seqops.nn.__all__`."""
     found = []
     for name in seqops.nn.__all__:
         cls = getattr(seqops.nn, name)
         if inspect.isclass(cls) and (used := sorted({*operators_of(cls)})):
             found.append(Module(name, cls.__module__.split(".")[-1], first_sentence(cls), papers(cls), tuple(used)))
-    return found
+    return tuple(found)
 
 
 def first_sentence(target: object) -> str:
@@ -118,15 +121,15 @@ def author(text: str) -> str:
 def operators_of(target: Any, seen: set[Any] | None = None) -> Iterator[str]:
     """Names of operators in the code of a class or function, of its bases, and of what it uses of seqops.nn."""
     seen = set() if seen is None else seen
-    if target in seen:
+    code = definitions(target.__module__).get(target.__name__)
+    if target in seen or code is None:
         return
     seen.add(target)
-    table = backend.table()
-    tree = ast.parse(textwrap.dedent(inspect.getsource(target)))
+    table = set(seqops.__all__) & set(backend.table())
     names = vars(sys.modules[target.__module__])
-    asked = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"]
+    asked = [node for node in ast.walk(code) if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"]
     ignored = {each for call in asked for each in ast.walk(call)}
-    for node in ast.walk(tree):
+    for node in ast.walk(code):
         if node in ignored:
             continue
         value = None
@@ -138,10 +141,17 @@ def operators_of(target: Any, seen: set[Any] | None = None) -> Iterator[str]:
                 yield node.attr
             value = getattr(names.get(owner), node.attr, None) if inspect.ismodule(names.get(owner)) else None
         name = getattr(value, "__name__", None)
-        if isinstance(name, str) and name in table and value is getattr(seqops, name, None):
+        if isinstance(name, str) and name in table and value is getattr(seqops, name):
             yield name
         elif (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__.startswith("seqops.nn."):
             yield from operators_of(value, seen)
+
+
+@cache
+def definitions(module: str) -> dict[str, ast.AST]:
+    """The classes and functions of a module as its source has them."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
 
 
 def citations() -> list[tuple[Paper, tuple[str, ...], tuple[str, ...]]]:

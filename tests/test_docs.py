@@ -1,24 +1,38 @@
 """Documentation that can be wrong is checked: examples run, links lead somewhere, names exist, nothing is left out."""
 
+import importlib.util
 import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 import seqops
 import seqops.nn
+from seqops import catalog
 from seqops.core import backend
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 OPERATORS = [name for name in seqops.__all__ if name in backend.table()]
+MODULES = [module.name for module in catalog.modules()]
 
 
 def ids(path: Path) -> str:
-    return path.name
+    return path.relative_to(ROOT).as_posix()
+
+
+def hooks() -> ModuleType:
+    """What mkdocs runs while it builds the site."""
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -32,6 +46,7 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 def test_examples_run(page, tmp_path, monkeypatch, capsys):
     """A reader can paste the blocks of a page one after another; a `text` block right after one is what it prints."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     names: dict[str, object] = {"__name__": "example"}
     printed = dict(blocks(page, "text"))
     for line, code in blocks(page, "python"):
@@ -70,6 +85,14 @@ def test_make_targets_exist(page):
     assert set(named) <= set(targets)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_what_pages_render_exists(page):
+    """A line `::: seqops.nn.LRU` names something with a docstring, or one of the tables."""
+    site = hooks()
+    for name in re.findall(r"^::: (.*)$", page.read_text(), re.MULTILINE):
+        assert site.replacement(name, page.parent.relative_to(DOCS)).strip(), name
+
+
 def test_every_make_target_is_described():
     makefile = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split()
@@ -99,12 +122,71 @@ def test_paths_that_pages_name_exist(page):
         assert (ROOT / path).exists(), path
 
 
-def test_every_public_name_is_in_the_api():
-    described = set(re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+def test_every_public_name_is_described():
+    """Operators and what modules share in the API, modules on pages of their own."""
+    pages = [DOCS / "api.md", *(DOCS / "nn").glob("*.md")]
+    described = [name for page in pages for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)]
     public = {f"seqops.{name}" for name in seqops.__all__ if callable(getattr(seqops, name))}
     public |= {f"seqops.nn.{name}" for name in seqops.nn.__all__}
-    assert public <= described
+    assert public <= set(described)
+    assert len(described) == len(set(described)), "described twice"
     assert OPERATORS
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_a_page_and_a_picture(module):
+    """The page in docs/nn that describes it shows what reaches what in it, and runs it."""
+    page = next(page for page in (DOCS / "nn").glob("*.md") if f"\n::: seqops.nn.{module}\n" in page.read_text())
+    assert re.search(rf"^!\[.+\]\(\.\./figures/nn/{module}\.svg\)$", page.read_text(), re.MULTILINE)
+    assert blocks(page, "python")
+    picture = (DOCS / "figures" / "nn" / f"{module}.svg").read_text()
+    assert "input step" in picture and "output step" in picture and len(picture) < 20_000
+
+
+def test_pictures_of_modules_are_the_same_when_drawn_again(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS / "figures"))
+    drawing = importlib.import_module("modules")
+    first = drawing.draw("LSTM")
+    assert drawing.draw("LSTM") == first
+    # Nothing above the diagonal of a causal module, and everything on it.
+    sizes = drawing.influence(drawing.case_of("LSTM"))
+    assert sizes.shape == (drawing.STEPS, drawing.STEPS)
+    assert bool((sizes.triu(1) == 0).all()) and bool((sizes.diagonal() > 0).all())
+
+
+def test_every_page_is_in_the_navigation():
+    """Once, under its own title."""
+
+    def leaves(nav: list) -> list[str]:
+        return [
+            path
+            for entry in nav
+            for value in entry.values()
+            for path in ([value] if isinstance(value, str) else leaves(value))
+        ]
+
+    nav = hooks().navigation()
+    pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
+    assert sorted(leaves(nav)) == sorted(pages)
+    assert [title for section in nav for title in section][:5] == [
+        "Start",
+        "Operators",
+        "Modules",
+        "Examples",
+        "How kernels work",
+    ]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_pages_of_operators_have_formula_picture_shapes_cost_and_numbers(operator):
+    """On the operator's own page or its room's."""
+    page = DOCS / hooks().operator_page(next(each for each in catalog.operators() if each.name == operator))
+    text = page.read_text()
+    assert re.search(r"^    \S.* = ", text, re.MULTILINE), "a formula"
+    assert re.search(r"^!\[.+\]\(figures/[\w-]+\.svg\)$", text, re.MULTILINE), "a picture"
+    assert re.search(r"`\[[A-Z*.]\S*, ", text), "shapes"
+    assert re.search(r"^#+ .*(Cost|How it is computed|[Mm]emory|Rules for all)", text, re.MULTILINE), "cost"
+    assert re.search(r"<!-- bench:begin -->|\[[^\]]*[Mm]easured[^\]]*\]\([\w-]+\.md#measured\)", text), "numbers"
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -133,7 +215,7 @@ def test_docstrings_are_complete(operator):
 def test_pins_satisfy_what_the_package_asks_for():
     """Each dependency and tool of pyproject.toml has an exact version in requirements.txt."""
     project = (ROOT / "pyproject.toml").read_text()
-    lists = re.findall(r"^(?:dependencies|cuda|test|bench|docs) = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+    lists = re.findall(r"^(?:dependencies|cuda|test|bench|docs|examples) = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
     asked = re.findall(r'"([a-z0-9-]+)[^"]*"', "".join(lists))
     pinned = re.findall(r"^([a-z0-9-]+)==[\d.]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert {"torch", "numpy", "click", "rich", "pytest", "mkdocs"} <= set(asked) <= set(pinned)
@@ -144,11 +226,11 @@ def test_site_loads_nothing_over_the_network(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
-    for page in tmp_path.glob("*.html"):
+    for page in tmp_path.rglob("*.html"):
         loaded = re.findall(r"<(?:script|img|link)\b[^>]*?(?:src|href)=\"?([^\s\">]+)", page.read_text())
         assert loaded
         assert [address for address in loaded if re.match(r"(https?:)?//", address)] == [], page.name
+        assert "<p>::: " not in page.read_text(), page.name
     api = (tmp_path / "api.html").read_text()
-    assert ":::" not in api
     for operator in OPERATORS:
         assert f'id="seqops{operator}"' in api or f'id="seqops.{operator}"' in api
