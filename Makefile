@@ -21,7 +21,7 @@ SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-all simulate offline lint format docs bench gpu ci clean
+.PHONY: help setup build demo test test-all simulate offline lint format docs examples bench gpu ci clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -64,6 +64,11 @@ format: $(READY) ## Rewrite sources in that style
 docs: $(EXTENSION) ## Build the site into site/ (a warning is an error)
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 	@echo "docs: site/index.html"
+
+examples: $(EXTENSION) ## Train the networks of docs/examples again, each script in under 3 minutes
+	@set -e; for example in $(filter-out %/common.py,$(wildcard docs/examples/*.py)); do \
+		echo "$$example"; $(RUN) $$example $(ARGS); \
+	done
 
 bench: $(EXTENSION) ## Measure against torch.nn and write a report
 	@$(RUN) -m bench $(ARGS)

@@ -37,7 +37,28 @@ import seqops.nn
 
 Results = dict[str, Any]
 
-# ---- training
+# ---- networks and training
+
+
+class Stack(torch.nn.Module):
+    """Residual blocks: x + mixer(norm(x)), then x + mlp(norm(x)); a norm at the end. [B, T, width] -> the same."""
+
+    def __init__(self, width: int, mixers: Sequence[torch.nn.Module]) -> None:
+        super().__init__()
+        self.mixers = torch.nn.ModuleList(mixers)
+        self.norms = torch.nn.ModuleList([torch.nn.LayerNorm(width) for _ in range(2 * len(mixers) + 1)])
+        widths = (width, 2 * width)
+        self.mlps = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(*widths), torch.nn.GELU(), torch.nn.Linear(*widths[::-1]))
+            for _ in mixers
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (mixer, mlp) in enumerate(zip(self.mixers, self.mlps, strict=True)):
+            y = mixer(self.norms[2 * i](x))
+            x = x + (y[0] if isinstance(y, tuple) else y)  # causal modules return their state too
+            x = x + mlp(self.norms[2 * i + 1](x))
+        return self.norms[-1](x)
 
 
 def scaled(count: int, scale: float, least: int = 2) -> int:
@@ -124,9 +145,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def footer(results: Results) -> str:
     """The line under a table: how long the script took, and on what."""
     machine = results["machine"]
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     return (
         f"The whole script took {results['seconds']:.0f} s ({results['processor_seconds']:.0f} s of processor time) "
-        f"with {machine['threads']} threads on {machine['processor']}, torch {machine['torch']}."
+        f"with {threads} on {machine['processor']}, torch {machine['torch']}."
     )
 
 
@@ -209,7 +231,7 @@ def main(
     parser.add_argument("--draw", action="store_true", help="only redraw, from the results beside the script")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="part of the training to do (default 1)")
     parser.add_argument("--folder", type=Path, default=source.parent, help="where to write (beside the script)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch and seqops (default 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch and seqops (default 1)")
     options = parser.parse_args()
 
     target = options.folder / source.name
