@@ -18,9 +18,9 @@ class PolynomialMemory(NeuralMemory):
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        chunk: int,
+        dim: int,
+        num_heads: int,
+        chunk_size: int,
         hidden: int,
         degree: int,
         forgotten: float,
@@ -28,13 +28,13 @@ class PolynomialMemory(NeuralMemory):
         dtype: torch.dtype | None,
         **rule: object,
     ) -> None:
-        super().__init__(width, heads, chunk, hidden, **rule, device=device, dtype=dtype)
+        super().__init__(dim, num_heads, chunk_size, hidden, **rule, device=device, dtype=dtype)
         check_positive(self, degree=degree)
         powers = [1 / math.factorial(i) for i in range(1, degree + 1)]
         self.coefficients = nn.Parameter(torch.tensor(powers, device=device, dtype=dtype))
         expect(0 < forgotten < 1, self, "forgotten", "a number between 0 and 1", forgotten)
         with torch.no_grad():
-            self.gates.bias[heads : 2 * heads] = math.log(forgotten / (1 - forgotten))
+            self.gates.bias[num_heads : 2 * num_heads] = math.log(forgotten / (1 - forgotten))
 
     def features(self, x: Tensor) -> Tensor:
         exact, y = wide(x), torch.zeros_like(wide(x))
@@ -51,12 +51,12 @@ class OmegaNet(PolynomialMemory):
         y_t = W_o (rms_norm(o_t) * silu(W_g x_t))
 
     with the gradient at the weights M of the chunk's start, `loss_i = |f(k_i) - v_i|^2 / 2`, the sum within the chunk,
-    `decay_t = sigmoid(W_d x_t + b)` and `lr_t = sigmoid(W_l x_t + b) rate / (chunk window)`.
+    `decay_t = sigmoid(W_d x_t + b)` and `lr_t = sigmoid(W_l x_t + b) rate / (chunk_size window)`.
 
     Args:
-        width: D, channels of x and y.
-        heads: memories side by side, each of D / heads channels.
-        chunk: tokens whose gradients are taken at the same weights.
+        dim: D, channels of x and y.
+        num_heads: memories side by side, each of D / num_heads channels.
+        chunk_size: tokens whose gradients are taken at the same weights.
         hidden: 0 is a linear memory `f(x) = M x`; else the units of `f(x) = x + W2 silu(W1 x)`.
         window: tokens whose losses a step sums; None is the chunk.
         degree: of phi.
@@ -79,9 +79,9 @@ class OmegaNet(PolynomialMemory):
 
     def __init__(
         self,
-        width: int,
-        heads: int = 1,
-        chunk: int = 16,
+        dim: int,
+        num_heads: int = 1,
+        chunk_size: int = 16,
         hidden: int = 0,
         window: int | None = None,
         degree: int = 2,
@@ -91,8 +91,8 @@ class OmegaNet(PolynomialMemory):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        rule = {"window": chunk if window is None else window, "momentum": False, "rate": rate, "kernel": kernel}
-        super().__init__(width, heads, chunk, hidden, degree, 0.001, device, dtype, **rule)
+        rule = {"window": chunk_size if window is None else window, "momentum": False, "rate": rate, "kernel": kernel}
+        super().__init__(dim, num_heads, chunk_size, hidden, degree, 0.001, device, dtype, **rule)
 
 
 class Atlas(PolynomialMemory):
@@ -104,12 +104,12 @@ class Atlas(PolynomialMemory):
         y_t = W_o (rms_norm(o_t) * silu(W_g x_t))
 
     with the gradient at the weights M of the chunk's start, from which the products and the sums run, and the gates of
-    NeuralMemory. Within a chunk weights only decay: `chunk` = 1 is the paper's step for every token.
+    NeuralMemory. Within a chunk weights only decay: `chunk_size` = 1 is the paper's step for every token.
 
     Args:
-        width: D, channels of x and y.
-        heads: memories side by side, each of D / heads channels.
-        chunk: tokens whose gradients are taken at the same weights.
+        dim: D, channels of x and y.
+        num_heads: memories side by side, each of D / num_heads channels.
+        chunk_size: tokens whose gradients are taken at the same weights.
         hidden: 0 is a linear memory `f(x) = M x`; else the units of `f(x) = x + W2 silu(W1 x)`.
         window: tokens whose losses a step sums; None is the chunk.
         degree: of phi.
@@ -118,9 +118,9 @@ class Atlas(PolynomialMemory):
 
     Shapes: x, y [B, T, D]. state: NeuralMemory's.
 
-    Initially a_i = 1 / i! and a token forgets 1 / (chunk + 1) of the memory: every chunk adds a step of size 1, and
-    what forgets less would grow beyond what it learns. The rest is as in NeuralMemory. Rates only weigh tokens against
-    each other. The paper's basis has the products of channels too, and a gate on the step; neither is here.
+    Initially a_i = 1 / i! and a token forgets 1 / (chunk_size + 1) of the memory: every chunk adds a step of size 1,
+    and what forgets less would grow beyond what it learns. The rest is as in NeuralMemory. Rates only weigh tokens
+    against each other. The paper's basis has the products of channels too, and a gate on the step; neither is here.
 
     Raises:
         ValueError: for sizes that do not fit, at once and for a wrong x.
@@ -132,9 +132,9 @@ class Atlas(PolynomialMemory):
 
     def __init__(
         self,
-        width: int,
-        heads: int = 1,
-        chunk: int = 16,
+        dim: int,
+        num_heads: int = 1,
+        chunk_size: int = 16,
         hidden: int = 0,
         window: int | None = None,
         degree: int = 2,
@@ -143,5 +143,5 @@ class Atlas(PolynomialMemory):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        rule = {"window": chunk if window is None else window, "optimizer": "muon", "kernel": kernel}
-        super().__init__(width, heads, chunk, hidden, degree, 1 / (chunk + 1), device, dtype, **rule)
+        rule = {"window": chunk_size if window is None else window, "optimizer": "muon", "kernel": kernel}
+        super().__init__(dim, num_heads, chunk_size, hidden, degree, 1 / (chunk_size + 1), device, dtype, **rule)

@@ -28,16 +28,16 @@ from .streaming import State, Streaming
 FORGOTTEN = 0.001  # of a memory by a token, before training
 
 
-def unit(x: Tensor, heads: int) -> Tensor:
+def unit(x: Tensor, num_heads: int) -> Tensor:
     """[B, T, H D] -> [B, T, H, D], of length 1."""
-    return normalize(wide(split_heads(x, heads)), dim=-1).to(x.dtype)
+    return normalize(wide(split_heads(x, num_heads)), dim=-1).to(x.dtype)
 
 
 def learn_in_chunks(
     tokens: Sequence[Tensor],
     gates: Sequence[Tensor],
     state: tuple[Any, ...],
-    chunk: int,
+    chunk_size: int,
     **options: Any,
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """`neural_memory` of q, k, v [B, T, H, D] and gates lr[, decay[, momentum]] [B, T, H], in a sequence's own chunks.
@@ -55,11 +55,11 @@ def learn_in_chunks(
         given = dict(zip(("decay", "momentum"), others, strict=False)) | options
         if sums:
             given["momentum_state"] = list(sums)
-        o, w, s = neural_memory(q[:, at], k[:, at], v[:, at], lr, list(weights), chunk, **given)
+        o, w, s = neural_memory(q[:, at], k[:, at], v[:, at], lr, list(weights), chunk_size, **given)
         return o, tuple(w), tuple(s) if sums else ()
 
     total = k.shape[1]
-    complete, outputs = total // chunk * chunk, []
+    complete, outputs = total // chunk_size * chunk_size, []
     if complete:
         o, weights, sums = run(slice(0, complete))
         outputs.append(o)
@@ -73,7 +73,7 @@ def recall(memory: NeuralMemory, x: Tensor, state: State) -> Tensor:
 
     Without a convolution: memories with kernel = 1.
     """
-    q = unit(memory.features(silu(memory.qkv(x)).chunk(3, -1)[0]), memory.heads).transpose(1, 2)
+    q = unit(memory.features(silu(memory.qkv(x)).chunk(3, -1)[0]), memory.num_heads).transpose(1, 2)
     first, *second = (weight.to(q.dtype) for weight in state[1])
     o = q @ first.mT
     o = q + silu(o) @ second[0].mT if second else o
@@ -89,13 +89,13 @@ class NeuralMemory(Streaming):
 
     with the gradient at the weights M of the chunk's start, `loss = |f(k_t) - v_t|^2 / 2` or `-<f(k_t), v_t>`, and the
     gates `momentum_t = sigmoid(W_m x_t + b)`, `decay_t = sigmoid(W_d x_t + b)` and
-    `lr_t = (1 - momentum_t) sigmoid(W_l x_t + b) rate / (chunk window)`. The paper leaves rates free, and free ones
-    diverge as a chunk's steps add up: so bounded, their sum stays below `rate`, momentum's repetitions included.
+    `lr_t = (1 - momentum_t) sigmoid(W_l x_t + b) rate / (chunk_size window)`. The paper leaves rates free, and free
+    ones diverge as a chunk's steps add up: so bounded, their sum stays below `rate`, momentum's repetitions included.
 
     Args:
-        width: D, channels of x and y.
-        heads: memories side by side, each of D / heads channels.
-        chunk: tokens whose gradients are taken at the same weights.
+        dim: D, channels of x and y.
+        num_heads: memories side by side, each of D / num_heads channels.
+        chunk_size: tokens whose gradients are taken at the same weights.
         hidden: 0 is a linear memory `f(x) = M x`; else the units of `f(x) = x + W2 silu(W1 x)`.
         loss: "l2" or "dot".
         optimizer: "gd", or "muon": a chunk's whole step is orthogonalised at its end, until which weights only decay.
@@ -106,7 +106,7 @@ class NeuralMemory(Streaming):
         device, dtype: of the parameters.
 
     Shapes: x, y [B, T, D]. state: the last inputs of the convolution, weights and their momentum at the start of the
-    open chunk in float32 at least, and keys, values and gates of the open chunk's tokens, fewer than `chunk`.
+    open chunk in float32 at least, and keys, values and gates of the open chunk's tokens, fewer than `chunk_size`.
 
     Initially the memory is Xavier uniform, a token forgets 0.001 of it, and sigmoid(W_l x + b) is near 1/2; the paper
     names no values. Values have length 1, as keys: the paper's may grow, and errors with them.
@@ -114,7 +114,7 @@ class NeuralMemory(Streaming):
     Raises:
         ValueError: for sizes that do not fit and unknown names, at once and for a wrong x.
 
-    Time grows with T: a token costs about 6 D^2 / heads products of the memory, 14 D hidden with an MLP, and a step
+    Time grows with T: a token costs about 6 D^2 / num_heads products of the memory, 14 D hidden with an MLP, and a step
     those of the open chunk again. Memory for the gradient: that of `neural_memory`.
 
     Behrouz et al., "Titans: learning to memorize at test time", 2024.
@@ -124,9 +124,9 @@ class NeuralMemory(Streaming):
 
     def __init__(
         self,
-        width: int,
-        heads: int = 1,
-        chunk: int = 16,
+        dim: int,
+        num_heads: int = 1,
+        chunk_size: int = 16,
         hidden: int = 0,
         *,
         loss: str = "l2",
@@ -139,29 +139,29 @@ class NeuralMemory(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, width=width, heads=heads, chunk=chunk, window=window, kernel=kernel)
-        check_multiple(self, "width", width, "heads", heads)
+        check_positive(self, dim=dim, num_heads=num_heads, chunk_size=chunk_size, window=window, kernel=kernel)
+        check_multiple(self, "dim", dim, "num_heads", num_heads)
         expect(isinstance(hidden, int) and hidden >= 0, self, "hidden", "a whole number of at least 0", repr(hidden))
         expect(loss in ("l2", "dot"), self, "loss", "'l2' or 'dot'", repr(loss))
         expect(optimizer in ("gd", "muon"), self, "optimizer", "'gd' or 'muon'", repr(optimizer))
         expect(rate > 0, self, "rate", "a number above 0", rate)
-        self.width, self.heads, self.chunk, self.hidden = width, heads, chunk, hidden
+        self.dim, self.num_heads, self.chunk_size, self.hidden = dim, num_heads, chunk_size, hidden
         self.window, self.momentum, self.rate = window, momentum, rate
         self.rule = {"loss": loss, "optimizer": optimizer, "window": window}
         options = {"device": device, "dtype": dtype}
-        D = width // heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False, **options)
-        self.taps = nn.Parameter(torch.empty(3 * width, kernel, **options)) if kernel > 1 else None
-        self.gates = nn.Linear(width, (2 + momentum) * heads, **options)  # rate, decay, momentum
-        shapes = [(heads, hidden, D), (heads, D, hidden)] if hidden else [(heads, D, D)]
+        D = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **options)
+        self.taps = nn.Parameter(torch.empty(3 * dim, kernel, **options)) if kernel > 1 else None
+        self.gates = nn.Linear(dim, (2 + momentum) * num_heads, **options)  # rate, decay, momentum
+        shapes = [(num_heads, hidden, D), (num_heads, D, hidden)] if hidden else [(num_heads, D, D)]
         self.memory = nn.ParameterList(nn.Parameter(torch.empty(shape, **options)) for shape in shapes)
-        self.scale = nn.Parameter(torch.ones(heads, D, **options))  # of the norm
-        self.gate = nn.Linear(width, width, bias=False, **options)
-        self.out = nn.Linear(width, width, bias=False, **options)
+        self.scale = nn.Parameter(torch.ones(num_heads, D, **options))  # of the norm
+        self.gate = nn.Linear(dim, dim, bias=False, **options)
+        self.out = nn.Linear(dim, dim, bias=False, **options)
         with torch.no_grad():
             for weight in self.memory:
                 nn.init.uniform_(weight, -1, 1).mul_(math.sqrt(6 / (weight.shape[1] + weight.shape[2])))
-            self.gates.bias.zero_()[heads : 2 * heads] = math.log(FORGOTTEN / (1 - FORGOTTEN))
+            self.gates.bias.zero_()[num_heads : 2 * num_heads] = math.log(FORGOTTEN / (1 - FORGOTTEN))
             if kernel > 1:
                 nn.init.uniform_(self.taps, -(kernel**-0.5), kernel**-0.5)
 
@@ -170,11 +170,11 @@ class NeuralMemory(Streaming):
         B, real = x.shape[0], wide(x).dtype
         weights = tuple(wide(weight).to(real).repeat(B, 1, 1, 1) for weight in self.memory)
         sums = tuple(map(torch.zeros_like, weights)) if self.momentum else ()
-        token = x.new_zeros(B, 0, self.heads, self.width // self.heads)
-        gate = token.new_zeros(B, 0, self.heads, dtype=real)
+        token = x.new_zeros(B, 0, self.num_heads, self.dim // self.num_heads)
+        gate = token.new_zeros(B, 0, self.num_heads, dtype=real)
         taps = 0 if self.taps is None else self.taps.shape[1] - 1
         opened = (token, token.clone(), *(gate.clone() for _ in range(2 + self.momentum)))
-        return x.new_zeros(B, taps, 3 * self.width), weights, sums, opened
+        return x.new_zeros(B, taps, 3 * self.dim), weights, sums, opened
 
     def features(self, x: Tensor) -> Tensor:  # of queries and keys
         return x
@@ -183,10 +183,10 @@ class NeuralMemory(Streaming):
         """lr, decay and momentum [B, T, H] of tokens x [B, T, D]."""
         lr, *others = torch.sigmoid(wide(self.gates(x))).chunk(2 + self.momentum, -1)
         left = 1 - others[1] if self.momentum else 1
-        return [lr * left * (self.rate / (self.chunk * self.window)), *others]
+        return [lr * left * (self.rate / (self.chunk_size * self.window)), *others]
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        check_sequence(self, x, self.width)
+        check_sequence(self, x, self.dim)
         before, *state = self.start(x) if state is None else state
         joined = self.qkv(x)
         if self.taps is None:
@@ -194,7 +194,7 @@ class NeuralMemory(Streaming):
         else:
             joined, before = causal_conv1d(joined, self.taps, None, before.to(joined.dtype), activation="silu")
         q, k, v = joined.chunk(3, -1)
-        tokens = [unit(part, self.heads) for part in (self.features(q), self.features(k), v)]
-        o, state = learn_in_chunks(tokens, self.rates(x), state, self.chunk, **self.rule)
+        tokens = [unit(part, self.num_heads) for part in (self.features(q), self.features(k), v)]
+        o, state = learn_in_chunks(tokens, self.rates(x), state, self.chunk_size, **self.rule)
         y = rms_norm(o, wide(self.scale)).flatten(2) * silu(self.gate(x))
         return self.out(y), (before, *state)

@@ -27,20 +27,20 @@ from .streaming import State, Streaming
 class PersistentAttention(nn.Module):
     """Attention whose queries also see `persistent` tokens that are parameters; rotary positions for all others."""
 
-    def __init__(self, width: int, heads: int, persistent: int, base: float, **options: Any) -> None:
+    def __init__(self, dim: int, num_heads: int, persistent: int, base: float, **options: Any) -> None:
         super().__init__()
-        self.heads, self.base = heads, base
-        self.qkv = nn.Linear(width, 3 * width, bias=False, **options)
-        self.persistent = nn.Parameter(torch.randn(persistent, width, **options) * 0.02)
+        self.num_heads, self.base = num_heads, base
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **options)
+        self.persistent = nn.Parameter(torch.randn(persistent, dim, **options) * 0.02)
 
     def project(self, x: Tensor, position: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, T, H, D] of x [B, T, D], whose first token has this position."""
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1))
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, -1))
         return rotary(q, position, self.base), rotary(k, position, self.base), v
 
     def behind_persistent(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, S, H, D] behind those of the persistent tokens: [B, P + S, H, D]."""
-        _, *fixed = (split_heads(part, self.heads) for part in self.qkv(self.persistent[None]).chunk(3, -1))
+        _, *fixed = (split_heads(part, self.num_heads) for part in self.qkv(self.persistent[None]).chunk(3, -1))
         return tuple(
             torch.cat([part.to(new.dtype).expand(new.shape[0], -1, -1, -1), new], 1)
             for part, new in zip(fixed, (k, v), strict=True)
@@ -61,7 +61,7 @@ class PersistentAttention(nn.Module):
 
     def nothing(self, x: Tensor) -> Tensor:
         """Keys or values before the first token of x [B, T, D]."""
-        return split_heads(x[:, :0], self.heads).clone()
+        return split_heads(x[:, :0], self.num_heads).clone()
 
 
 def gate(a: Tensor, m: Tensor, scale: Tensor) -> Tensor:
@@ -76,12 +76,12 @@ class WindowAndMemory(Streaming):
 
     def __init__(
         self,
-        width: int,
-        heads: int,
+        dim: int,
+        num_heads: int,
         window: int,
-        chunk: int = 16,
+        chunk_size: int = 16,
         hidden: int = 0,
-        memory_heads: int = 1,
+        num_memory_heads: int = 1,
         persistent: int = 4,
         *,
         rate: float = 1.0,
@@ -91,14 +91,14 @@ class WindowAndMemory(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, width=width, heads=heads, window=window, persistent=persistent)
-        check_multiple(self, "width", width, "heads", heads)
-        self.width, self.span = width, window
+        check_positive(self, dim=dim, num_heads=num_heads, window=window, persistent=persistent)
+        check_multiple(self, "dim", dim, "num_heads", num_heads)
+        self.dim, self.span = dim, window
         options = {"device": device, "dtype": dtype}
-        self.attention = PersistentAttention(width, heads, persistent, base, **options)
-        self.memory = NeuralMemory(width, memory_heads, chunk, hidden, rate=rate, momentum=momentum, **options)
-        self.scale = nn.Parameter(torch.ones(2, width, **options)) if self.gated else None
-        self.out = nn.Linear(width, width, bias=False, **options)
+        self.attention = PersistentAttention(dim, num_heads, persistent, base, **options)
+        self.memory = NeuralMemory(dim, num_memory_heads, chunk_size, hidden, rate=rate, momentum=momentum, **options)
+        self.scale = nn.Parameter(torch.ones(2, dim, **options)) if self.gated else None
+        self.out = nn.Linear(dim, dim, bias=False, **options)
 
     def start(self, x: Tensor) -> State:
         """The state before the first token of x [B, T, D]."""
@@ -113,10 +113,10 @@ class TitansMAG(WindowAndMemory):
         y = W_o (rms_norm(a) * sigmoid(rms_norm(m)))
 
     Args:
-        width: D, channels of x and y.
-        heads: of the attention.
+        dim: D, channels of x and y.
+        num_heads: of the attention.
         window: tokens that attention sees, its own included.
-        chunk, hidden, memory_heads: of the memory, `seqops.nn.NeuralMemory`.
+        chunk_size, hidden, num_memory_heads: of the memory, `seqops.nn.NeuralMemory`.
         persistent: tokens that are parameters and seen by all.
         rate, momentum: of the memory.
         base: of the rotary positions.
@@ -138,7 +138,7 @@ class TitansMAG(WindowAndMemory):
     gated = True
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        check_sequence(self, x, self.width)
+        check_sequence(self, x, self.dim)
         memory, cache, position = self.start(x) if state is None else state
         a, cache = self.attention.window(x, cache, position, self.span - 1)
         m, memory = self.memory(x, memory)
@@ -152,10 +152,10 @@ class TitansMAL(WindowAndMemory):
         m = NeuralMemory(x);   y = W_o attention(m) to [persistent, the last `window` tokens]
 
     Args:
-        width: D, channels of x and y.
-        heads: of the attention.
+        dim: D, channels of x and y.
+        num_heads: of the attention.
         window: tokens that attention sees, its own included.
-        chunk, hidden, memory_heads: of the memory, `seqops.nn.NeuralMemory`.
+        chunk_size, hidden, num_memory_heads: of the memory, `seqops.nn.NeuralMemory`.
         persistent: tokens that are parameters and seen by all.
         rate, momentum: of the memory.
         base: of the rotary positions.
@@ -175,7 +175,7 @@ class TitansMAL(WindowAndMemory):
     """
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        check_sequence(self, x, self.width)
+        check_sequence(self, x, self.dim)
         memory, cache, position = self.start(x) if state is None else state
         m, memory = self.memory(x, memory)
         a, cache = self.attention.window(m, cache, position, self.span - 1)
@@ -190,10 +190,10 @@ class TitansMAC(Streaming):
         m = NeuralMemory(y), which learns;   o = W_o (rms_norm(y) * sigmoid(rms_norm(m)))
 
     Args:
-        width: D, channels of x and y.
-        heads: of the attention.
+        dim: D, channels of x and y.
+        num_heads: of the attention.
         segment: tokens that attend to one another; also the memory's chunk.
-        hidden, memory_heads: of the memory, `seqops.nn.NeuralMemory`, here without a convolution.
+        hidden, num_memory_heads: of the memory, `seqops.nn.NeuralMemory`, here without a convolution.
         persistent: tokens that are parameters and seen by all.
         rate, momentum: of the memory.
         base: of the rotary positions, in which h_j has the place of x_j.
@@ -216,11 +216,11 @@ class TitansMAC(Streaming):
 
     def __init__(
         self,
-        width: int,
-        heads: int,
+        dim: int,
+        num_heads: int,
         segment: int,
         hidden: int = 0,
-        memory_heads: int = 1,
+        num_memory_heads: int = 1,
         persistent: int = 4,
         *,
         rate: float = 1.0,
@@ -230,23 +230,23 @@ class TitansMAC(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, width=width, heads=heads, segment=segment, persistent=persistent)
-        check_multiple(self, "width", width, "heads", heads)
-        self.width, self.segment = width, segment
+        check_positive(self, dim=dim, num_heads=num_heads, segment=segment, persistent=persistent)
+        check_multiple(self, "dim", dim, "num_heads", num_heads)
+        self.dim, self.segment = dim, segment
         options = {"device": device, "dtype": dtype}
-        self.attention = PersistentAttention(width, heads, persistent, base, **options)
-        self.attended = nn.Linear(width, width, bias=False, **options)
+        self.attention = PersistentAttention(dim, num_heads, persistent, base, **options)
+        self.attended = nn.Linear(dim, dim, bias=False, **options)
         rule = {"rate": rate, "momentum": momentum, "kernel": 1}
-        self.memory = NeuralMemory(width, memory_heads, segment, hidden, **rule, **options)
-        self.scale = nn.Parameter(torch.ones(2, width, **options))
-        self.out = nn.Linear(width, width, bias=False, **options)
+        self.memory = NeuralMemory(dim, num_memory_heads, segment, hidden, **rule, **options)
+        self.scale = nn.Parameter(torch.ones(2, dim, **options))
+        self.out = nn.Linear(dim, dim, bias=False, **options)
 
     def start(self, x: Tensor) -> State:
         """The state before the first token of x [B, T, D]."""
         return self.memory.start(x), tuple(self.attention.nothing(x) for _ in range(4))
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        check_sequence(self, x, self.width)
+        check_sequence(self, x, self.dim)
         memory, opened = self.start(x) if state is None else state
         outputs, at = [], 0
         while at < x.shape[1] or not outputs:

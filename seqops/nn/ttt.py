@@ -16,12 +16,12 @@ from .streaming import State, Streaming
 EPS = 1e-6  # of layer norms
 
 
-def rotary_in_chunks(x: Tensor, chunk: int, before: int) -> Tensor:
+def rotary_in_chunks(x: Tensor, chunk_size: int, before: int) -> Tensor:
     """Rotary positions of x [B, T, H, D] that begin anew with each chunk; `before` tokens of the first are gone."""
     T = x.shape[1]
-    filled = pad(x, (0, 0, 0, 0, before, -(before + T) % chunk))
-    turned = rotary(filled.unflatten(1, (-1, chunk)).flatten(0, 1))
-    return turned.unflatten(0, (x.shape[0], filled.shape[1] // chunk)).flatten(1, 2)[:, before : before + T]
+    filled = pad(x, (0, 0, 0, 0, before, -(before + T) % chunk_size))
+    turned = rotary(filled.unflatten(1, (-1, chunk_size)).flatten(0, 1))
+    return turned.unflatten(0, (x.shape[0], filled.shape[1] // chunk_size)).flatten(1, 2)[:, before : before + T]
 
 
 def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,9 +90,9 @@ class TTTLayer(Streaming):
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        chunk: int,
+        dim: int,
+        num_heads: int,
+        chunk_size: int,
         hidden: int,
         norm: bool,
         rate: float,
@@ -100,23 +100,23 @@ class TTTLayer(Streaming):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_positive(self, width=width, heads=heads, chunk=chunk)
-        check_multiple(self, "width", width, "heads", heads)
+        check_positive(self, dim=dim, num_heads=num_heads, chunk_size=chunk_size)
+        check_multiple(self, "dim", dim, "num_heads", num_heads)
         expect(rate > 0, self, "rate", "a number above 0", rate)
-        self.width, self.heads, self.chunk, self.norm, self.rate = width, heads, chunk, norm, rate
+        self.dim, self.num_heads, self.chunk_size, self.norm, self.rate = dim, num_heads, chunk_size, norm, rate
         options = {"device": device, "dtype": dtype}
-        D = width // heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False, **options)
-        self.rates = nn.Linear(width, heads, **options)
+        D = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **options)
+        self.rates = nn.Linear(dim, num_heads, **options)
         shapes = [(hidden, D), (D, hidden)] if hidden else [(D, D)]
-        self.weights = nn.ParameterList(nn.Parameter(torch.randn(heads, *s, **options) * 0.02) for s in shapes)
-        self.post = nn.LayerNorm(width, EPS, **options)
-        self.out = nn.Linear(width, width, bias=False, **options)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(num_heads, *s, **options) * 0.02) for s in shapes)
+        self.post = nn.LayerNorm(dim, EPS, **options)
+        self.out = nn.Linear(dim, dim, bias=False, **options)
         if norm:
-            self.biases = nn.ParameterList(nn.Parameter(torch.zeros(heads, 1, s[0], **options)) for s in shapes)
-            self.norm_weight = nn.Parameter(torch.ones(heads, 1, D, **options))
-            self.norm_bias = nn.Parameter(torch.zeros(heads, 1, D, **options))
-            self.shares = nn.Parameter(torch.zeros(chunk, **options))
+            self.biases = nn.ParameterList(nn.Parameter(torch.zeros(num_heads, 1, s[0], **options)) for s in shapes)
+            self.norm_weight = nn.Parameter(torch.ones(num_heads, 1, D, **options))
+            self.norm_bias = nn.Parameter(torch.zeros(num_heads, 1, D, **options))
+            self.shares = nn.Parameter(torch.zeros(chunk_size, **options))
         with torch.no_grad():
             self.rates.weight.normal_(std=0.02)
             self.rates.bias.zero_()
@@ -127,19 +127,19 @@ class TTTLayer(Streaming):
         held: Iterable[Tensor] = self.weights
         if self.norm:
             held = [part for pair in zip(self.weights, self.biases, strict=True) for part in pair]
-        token = split_heads(x[:, :0], self.heads).clone()
-        rates = x.new_zeros(B, 0, self.heads, dtype=real)
+        token = split_heads(x[:, :0], self.num_heads).clone()
+        rates = x.new_zeros(B, 0, self.num_heads, dtype=real)
         return tuple(wide(part).to(real).repeat(B, 1, 1, 1) for part in held), (token, token.clone(), rates)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        check_sequence(self, x, self.width)
+        check_sequence(self, x, self.dim)
         weights, opened = self.start(x) if state is None else state
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1))
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, -1))
         lr = torch.sigmoid(wide(self.rates(x))) * self.rate
         before = opened[0].shape[1]
         if not self.norm:
-            q, k, v = (unit(part.flatten(2), self.heads) for part in (q, k, v))
-        q, k = (rotary_in_chunks(part, self.chunk, before) for part in (q, k))
+            q, k, v = (unit(part.flatten(2), self.num_heads) for part in (q, k, v))
+        q, k = (rotary_in_chunks(part, self.chunk_size, before) for part in (q, k))
         learn = self.published if self.norm else self.plain
         o, state = learn((q, k, v), lr, weights, opened)
         return self.out(self.post(o.flatten(2))), state
@@ -150,14 +150,16 @@ class TTTLayer(Streaming):
         q, k, v = tokens
         linear = len(weights) == 1  # the operator's linear model is W x, its MLP x + W2 silu(W1 x)
         tokens = (q, k, v - k) if linear else tokens
-        o, (weights, _, opened) = learn_in_chunks(tokens, [lr / self.chunk], (weights, (), opened), self.chunk)
+        o, (weights, _, opened) = learn_in_chunks(
+            tokens, [lr / self.chunk_size], (weights, (), opened), self.chunk_size
+        )
         return (q + o if linear else o), (weights, opened)
 
     def published(
         self, tokens: tuple[Tensor, ...], lr: Tensor, weights: tuple[Tensor, ...], opened: tuple[Tensor, ...]
     ) -> tuple[Tensor, State]:
         q, *new = tokens[0], *tokens[1:], lr / tokens[0].shape[-1]
-        before, T, C = opened[0].shape[1], q.shape[1], self.chunk
+        before, T, C = opened[0].shape[1], q.shape[1], self.chunk_size
         k, v, lr = (append(old, part) for old, part in zip(opened, new, strict=True))
         kept = tuple(keep_last(part, (before + T) % C) for part in (k, v, lr))
         # what the open chunk's tokens asked is answered already: keys stand in their place
@@ -188,16 +190,16 @@ class TTTLinear(TTTLayer):
     token of a chunk, `lr_i = rate sigmoid(W_l x_i + b_l) / d`, and q, k have rotary positions within the chunk.
 
     Args:
-        width: D, channels of x and y.
-        heads: models side by side, each of d = D / heads channels.
-        chunk: tokens whose gradients are taken at the same weights.
+        dim: D, channels of x and y.
+        num_heads: models side by side, each of d = D / num_heads channels.
+        chunk_size: tokens whose gradients are taken at the same weights.
         norm: False: without LN, b and rho, on the operator `neural_memory`: `f(x) = x + W x`, with q, k and v of length
-            1 and `lr_i = rate sigmoid(W_l x_i + b_l) / chunk`, so that a chunk's steps are stable.
+            1 and `lr_i = rate sigmoid(W_l x_i + b_l) / chunk_size`, so that a chunk's steps are stable.
         rate: the largest rate.
         device, dtype: of the parameters.
 
     Shapes: x, y [B, T, D]. state: W and b at the start of the open chunk, in float32 at least, and keys, values and
-    rates of its tokens, fewer than `chunk`.
+    rates of its tokens, fewer than `chunk_size`.
 
     Initially W is normal (std 0.02), b 0, LN the identity, W_l normal (std 0.02).
 
@@ -212,16 +214,16 @@ class TTTLinear(TTTLayer):
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        chunk: int = 16,
+        dim: int,
+        num_heads: int,
+        chunk_size: int = 16,
         *,
         norm: bool = True,
         rate: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, heads, chunk, 0, norm, rate, device, dtype)
+        super().__init__(dim, num_heads, chunk_size, 0, norm, rate, device, dtype)
 
 
 class TTTMLP(TTTLayer):
@@ -235,17 +237,17 @@ class TTTMLP(TTTLayer):
     the one with tanh.
 
     Args:
-        width: D, channels of x and y.
-        heads: models side by side, each of d = D / heads channels.
-        chunk: tokens whose gradients are taken at the same weights.
+        dim: D, channels of x and y.
+        num_heads: models side by side, each of d = D / num_heads channels.
+        chunk_size: tokens whose gradients are taken at the same weights.
         expand: hidden units of a model for each of its channels.
         norm: False: without LN, biases and rho, on the operator `neural_memory`: `f(x) = x + W2 silu(W1 x)`, with q, k
-            and v of length 1 and `lr_i = rate sigmoid(W_l x_i + b_l) / chunk`.
+            and v of length 1 and `lr_i = rate sigmoid(W_l x_i + b_l) / chunk_size`.
         rate: the largest rate.
         device, dtype: of the parameters.
 
     Shapes: x, y [B, T, D]. state: W1, b1, W2, b2 at the start of the open chunk, in float32 at least, and keys, values
-    and rates of its tokens, fewer than `chunk`.
+    and rates of its tokens, fewer than `chunk_size`.
 
     Initially W1, W2 are normal (std 0.02), biases 0, LN the identity, W_l normal (std 0.02).
 
@@ -260,9 +262,9 @@ class TTTMLP(TTTLayer):
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        chunk: int = 16,
+        dim: int,
+        num_heads: int,
+        chunk_size: int = 16,
         expand: int = 4,
         *,
         norm: bool = True,
@@ -270,5 +272,5 @@ class TTTMLP(TTTLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_positive(self, width=width, heads=heads, expand=expand)
-        super().__init__(width, heads, chunk, width // heads * expand, norm, rate, device, dtype)
+        check_positive(self, dim=dim, num_heads=num_heads, expand=expand)
+        super().__init__(dim, num_heads, chunk_size, dim // num_heads * expand, norm, rate, device, dtype)

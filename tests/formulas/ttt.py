@@ -138,9 +138,9 @@ def memory_loop(
 
 
 def memory_inputs(module: Any, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    H, C = module.heads, module.chunk
+    H, C = module.num_heads, module.chunk_size
     joined = silu(convolved(linear(module.qkv, x), module.taps))
-    parts = joined.split(module.width, -1)
+    parts = joined.split(module.dim, -1)
     power = getattr(module, "coefficients", None)
     if power is not None:
         parts = [sum(a * p ** (i + 1) for i, a in enumerate(power)) for p in parts[:2]] + [parts[2]]
@@ -160,7 +160,7 @@ def memory_output(module: Any, o: Tensor, x: Tensor) -> Tensor:
 def neural_memory(module: Any, x: Tensor) -> Tensor:
     tokens, gates = memory_inputs(module, x)
     weights = [w.expand(x.shape[0], *w.shape) for w in module.memory]
-    o, _, _ = memory_loop(*tokens, *gates, weights, None, module.chunk, **module.rule)
+    o, _, _ = memory_loop(*tokens, *gates, weights, None, module.chunk_size, **module.rule)
     return memory_output(module, o, x)
 
 
@@ -169,7 +169,7 @@ def neural_memory(module: Any, x: Tensor) -> Tensor:
 
 def lact(module: Any, x: Tensor) -> Tensor:
     B, T, D = x.shape
-    H, N, C = module.heads, module.fast_heads, module.chunk
+    H, N, C = module.num_heads, module.num_fast_heads, module.chunk_size
     q, k, v = linear(module.qkv, x).split(D, -1)
     near = masked_attention(
         turned(heads_of(q, H)), turned(heads_of(k, H)), heads_of(v, H), window_mask(T, module.window)
@@ -218,8 +218,8 @@ def window_with_persistent(module: Any, x: Tensor) -> Tensor:
     """Dense attention to [persistent, x] under a mask."""
     part, T = module.attention, x.shape[1]
     P = part.persistent.shape[0]
-    q, k, v = (heads_of(each, part.heads) for each in linear(part.qkv, x).chunk(3, -1))
-    _, kp, vp = (heads_of(each, part.heads) for each in linear(part.qkv, part.persistent[None]).chunk(3, -1))
+    q, k, v = (heads_of(each, part.num_heads) for each in linear(part.qkv, x).chunk(3, -1))
+    _, kp, vp = (heads_of(each, part.num_heads) for each in linear(part.qkv, part.persistent[None]).chunk(3, -1))
     keys = torch.cat([kp.expand(x.shape[0], *kp.shape[1:]), turned(k)], 1)
     values = torch.cat([vp.expand(x.shape[0], *vp.shape[1:]), v], 1)
     seen = torch.cat([torch.ones(T, P, dtype=torch.bool), window_mask(T, module.span)], 1)
@@ -242,15 +242,15 @@ def titans_mac(module: Any, x: Tensor) -> Tensor:
     B, T, D = x.shape
     memory, part, C = module.memory, module.attention, module.segment
     weights, sums, outputs = [w.expand(B, *w.shape) for w in memory.memory], None, []
-    _, kp, vp = (heads_of(each, part.heads) for each in linear(part.qkv, part.persistent[None]).chunk(3, -1))
+    _, kp, vp = (heads_of(each, part.num_heads) for each in linear(part.qkv, part.persistent[None]).chunk(3, -1))
     for start in range(0, T, C):
         piece = x[:, start : start + C]
         n = piece.shape[1]
         asked = memory_inputs(memory, piece)[0][0]
         h = torch.stack([answer(weights, asked[:, t]) for t in range(n)], 1)
         h = (rms(h) * memory.scale).reshape(B, n, D)
-        q, k, v = (heads_of(each, part.heads) for each in linear(part.qkv, piece).chunk(3, -1))
-        _, kh, vh = (heads_of(each, part.heads) for each in linear(part.qkv, h).chunk(3, -1))
+        q, k, v = (heads_of(each, part.num_heads) for each in linear(part.qkv, piece).chunk(3, -1))
+        _, kh, vh = (heads_of(each, part.num_heads) for each in linear(part.qkv, h).chunk(3, -1))
         keys = torch.cat([kp.expand(B, *kp.shape[1:]), turned(kh), turned(k)], 1)
         values = torch.cat([vp.expand(B, *vp.shape[1:]), vh, v], 1)
         causal = torch.ones(n, n).tril().bool()
@@ -277,7 +277,7 @@ def gelu(x: Tensor) -> Tensor:
 def ttt(module: Any, x: Tensor) -> Tensor:
     """Token by token, each with weights of its own."""
     B, _, D = x.shape
-    H, C = module.heads, module.chunk
+    H, C = module.num_heads, module.chunk_size
     q, k, v = (heads_of(part, H) for part in linear(module.qkv, x).chunk(3, -1))
     lr = module.rate / (1 + torch.exp(-linear(module.rates, x)))
     if not module.norm:
@@ -306,7 +306,7 @@ def ttt_loop(module: Any, q: Tensor, k: Tensor, v: Tensor, lr: Tensor) -> Tensor
     first = [part for pair in zip(module.weights, module.biases, strict=True) for part in pair]
     now, outputs = [part.expand(q.shape[0], *part.shape) for part in first], []
     for t in range(q.shape[1]):
-        at = t % module.chunk
+        at = t % module.chunk_size
         if at == 0:
             first, total = now, [torch.zeros_like(w) for w in now]
         slope = slopes(lambda w, t=t: (norm(z(w, k[:, t])) - (v[:, t] - k[:, t])).square().sum() / 2, first)
@@ -318,10 +318,10 @@ def ttt_loop(module: Any, q: Tensor, k: Tensor, v: Tensor, lr: Tensor) -> Tensor
 
 
 # 14 tokens in chunks of 4: twice as many, and four times, end with a chunk; the last chunk here is open
-SIZE = {"width": 8, "heads": 2, "chunk": 4}
-LACT = {"width": 8, "heads": 2, "chunk": 4}
-TITANS = {"width": 8, "heads": 2, "persistent": 3, "memory_heads": 2}
-TTT = {"width": 8, "heads": 2, "chunk": 4}
+SIZE = {"dim": 8, "num_heads": 2, "chunk_size": 4}
+LACT = {"dim": 8, "num_heads": 2, "chunk_size": 4}
+TITANS = {"dim": 8, "num_heads": 2, "persistent": 3, "num_memory_heads": 2}
+TTT = {"dim": 8, "num_heads": 2, "chunk_size": 4}
 
 CASES = [
     Case("NeuralMemory", SIZE, neural_memory, (2, 14, 8), prepare=jitter),
@@ -337,7 +337,7 @@ CASES = [
     # Newton-Schulz turns what is small against the rest into something of size 1, and its rounding with it
     Case("NeuralMemory", {**SIZE, "optimizer": "muon"}, neural_memory, (2, 14, 8), note="muon", bound16=0.08),
     # the same of LaCT's steps
-    Case("LaCT", {**LACT, "fast_heads": 2}, lact, (2, 14, 8), prepare=jitter, bound16=0.08),
+    Case("LaCT", {**LACT, "num_fast_heads": 2}, lact, (2, 14, 8), prepare=jitter, bound16=0.08),
     Case(
         "LaCT",
         {**LACT, "expand": 2, "optimizer": "gd", "momentum": False, "window": 6},
@@ -350,7 +350,7 @@ CASES = [
     Case("TitansMAC", {**TITANS, "segment": 4, "hidden": 5}, titans_mac, (2, 14, 8), prepare=jitter),
     Case(
         "TitansMAC",
-        {**TITANS, "segment": 7, "memory_heads": 1, "momentum": False},
+        {**TITANS, "segment": 7, "num_memory_heads": 1, "momentum": False},
         titans_mac,
         (2, 14, 8),
         note="linear",
@@ -358,8 +358,8 @@ CASES = [
         compiled=False,
         in16=False,
     ),
-    Case("TitansMAG", {**TITANS, "window": 5, "chunk": 4}, titans_mag, (2, 14, 8), prepare=jitter),
-    Case("TitansMAL", {**TITANS, "window": 5, "chunk": 4, "hidden": 6}, titans_mal, (2, 14, 8), prepare=jitter),
+    Case("TitansMAG", {**TITANS, "window": 5, "chunk_size": 4}, titans_mag, (2, 14, 8), prepare=jitter),
+    Case("TitansMAL", {**TITANS, "window": 5, "chunk_size": 4, "hidden": 6}, titans_mal, (2, 14, 8), prepare=jitter),
     Case("TTTLinear", TTT, ttt, (2, 14, 8), prepare=jitter),
     Case("TTTLinear", {**TTT, "norm": False}, ttt, (2, 14, 8), note="plain", compiled=False),
     Case("TTTMLP", {**TTT, "expand": 2, "rate": 0.5}, ttt, (2, 14, 8), prepare=jitter),
@@ -378,7 +378,7 @@ CASES = [
     Case("Atlas", {**SIZE, "hidden": 6}, neural_memory, (2, 14, 8), bound16=0.08),
     Case(
         "Atlas",
-        {**SIZE, "chunk": 1, "heads": 1},
+        {**SIZE, "chunk_size": 1, "num_heads": 1},
         neural_memory,
         (1, 7, 8),
         note="every token",
