@@ -114,9 +114,13 @@ def dashed(name: str) -> str:
 
 
 def operator_page(operator: catalog.Operator) -> str:
-    """An operator's own page, else the room's, else the API's."""
-    own, room = f"{dashed(operator.name)}.md", f"{dashed(operator.room)}.md"
-    return next((path for path in (own, room) if (DOCS / path).exists()), "api.md")
+    """An operator's own page, else that of its room or of an operator of the room which names it most often."""
+    own = f"{dashed(operator.name)}.md"
+    if (DOCS / own).exists():
+        return own
+    others = [f"{dashed(each.name)}.md" for each in catalog.operators() if each.room == operator.room]
+    pages = [path for path in (f"{dashed(operator.room)}.md", *others) if (DOCS / path).exists()]
+    return max(pages, key=lambda path: (DOCS / path).read_text().count(operator.name), default="api.md")
 
 
 def module_pages() -> dict[str, str]:

@@ -148,6 +148,16 @@ def sinks(i: Tensor) -> Part:
     return 0 * i, (i + 1).clamp(max=4)
 
 
+def merged(*sets: Sequence[Callable[[Tensor], Part]]) -> Operator:
+    """The attention over two sets of keys, from that over each."""
+    first, second = (of_ranges(lambda i, makers=makers: [make(i) for make in makers]) for makers in sets)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
+        return reference.merge_attention(*first(q, k, v, scale), *second(q, k, v, scale))
+
+    return attend
+
+
 # File -> what stands in it: a title, and an operator of q, k, v and scale.
 PICTURES: dict[str, list[tuple[str, Operator]]] = {
     "chunked-attention": [
@@ -186,6 +196,11 @@ PICTURES: dict[str, list[tuple[str, Operator]]] = {
     ],
     "gathered-attention": [("three lists, causal", gathered())],
     "routing-attention": [("causal", routed(True)), ("not causal", routed(False))],
+    "merge-attention": [
+        ("first set: the last 9 keys", of_ranges(lambda i: [window_without_sinks(i)])),
+        ("second set: the first 4", of_ranges(lambda i: [sinks(i)])),
+        ("merged", merged([window_without_sinks], [sinks])),
+    ],
     "pointer-scores": [
         ('mode="additive"', pointers("additive")),
         ('mode="clipped_dot", lengths=[40]', pointers("clipped_dot", [40])),
@@ -195,7 +210,13 @@ PICTURES: dict[str, list[tuple[str, Operator]]] = {
 
 
 # Which panel of a picture stands for it where it is not the first one.
-OVERVIEW = {"chunked-attention": 1, "range-attention": 1, "window-attention": 3, "prob-sparse-attention": 1}
+OVERVIEW = {
+    "merge-attention": 2,
+    "chunked-attention": 1,
+    "range-attention": 1,
+    "window-attention": 3,
+    "prob-sparse-attention": 1,
+}
 
 
 def save(figure: plt.Figure, name: str) -> None:
