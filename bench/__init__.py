@@ -3,6 +3,8 @@
     python -m bench                    the whole suite; the table, then bench/results/latest.json and latest.html
     python -m bench --quick            fewer rounds
     python -m bench --op gru --list    which cases there are
+    python -m bench --suite lengths    every operator at several lengths; `--suite modules`: the modules of seqops.nn
+    python -m bench --from A.json --from B.json --html report.html     one page of several runs
     python -m bench --device cuda      the cases that run on a GPU, by each backend there
     pytest bench -k "gru and D768"     the same suite through pytest-benchmark's own options
     python -m bench.exchange           exchange between the blocks of a GPU, by itself
@@ -13,6 +15,8 @@
 | file | holds |
 |---|---|
 | `<room>.py`, `<room>_contenders.py` | the case table of one room: inputs, FLOPs, bytes, peers, goals |
+| `lengths.py` | every operator at several lengths |
+| `modules.py` | the modules of seqops.nn, and the pages that their numbers go to |
 | `harness.py` | checking, interleaved timing, statistics, the rates of this machine |
 | `cuda.py` | timing and memory on a GPU |
 | `exchange.py`, `exchange.cu` | what it costs blocks of a GPU to tell each other something |
@@ -20,7 +24,7 @@
 | `memory.py` | peak memory of a training step |
 | `suite.py`, `test_suite.py`, `conftest.py` | the pytest-benchmark suite made of the cases |
 | `record.py` | the JSON file of a run |
-| `tables.py`, `report.py` | terminal and Markdown tables; the HTML page |
+| `tables.py`, `report.py`, `plots.py` | terminal and Markdown tables; the HTML page; its drawings |
 | `gpu.py`, `watch.py`, `lines.py` | the GPU run; the pytest plugin that keeps what its tests do; what both agree on |
 | `hardware.py` | which kernel passed on which GPU, and the page |
 

@@ -1,7 +1,6 @@
 """`python -m bench`: see the package's text."""
 
 import difflib
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import hardware, harness, record, report, suite, tables
+from bench import hardware, harness, modules, record, report, suite, tables
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -56,6 +55,8 @@ def describe_result(result: record.Result) -> str:
         ratios.append(f"{tables.format_seconds(result.step_seconds)} a step")
     elif share is not None:
         ratios.append(f"{share:.0%} of copy")
+    if not ratios and harness.OURS in result.seconds:
+        ratios.append(tables.format_seconds(result.seconds[harness.OURS]["median"]))
     return f"{result.title}, {result.mode}: " + ", ".join(ratios)
 
 
@@ -141,8 +142,17 @@ def list_cases(cases: list[harness.Case]) -> None:
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Measure nothing; write the table and reports from this JSON file, with --op of some operators. Given several "
-    "times: --markdown from all of them.",
+    "times: --markdown and --html from all of them.",
 )
+@click.option(
+    "--suite",
+    "suite_name",
+    type=click.Choice([*harness.SUITES]),
+    default=harness.OPERATORS,
+    show_default=True,
+    help="; ".join(f"{name}: {what}" for name, what in harness.SUITES.items()) + ".",
+)
+@click.option("--pages", is_flag=True, help="Write the modules' numbers into docs/modules.md and docs/nn.")
 @click.option("--brief", is_flag=True, help="In --markdown the first case of each operator alone.")
 @click.option("--device", type=click.Choice(harness.DEVICES), default=harness.CPU, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of every contender. Default: all cores.")
@@ -155,39 +165,56 @@ def main(
     html_path: Path | None,
     markdown_paths: tuple[Path, ...],
     sources: tuple[Path, ...],
+    suite_name: str,
+    pages: bool,
     brief: bool,
     device: str,
     threads: int | None,
     only_list: bool,
 ) -> None:
-    """Measure every operator beside what it replaces.
+    """Measure every operator, or every module, beside what it replaces.
 
     Values are compared with a float64 reference first; a case that fails has no time, and the exit code is 1.
-    Results go to bench/results/latest.json and latest.html unless --json or --html name another place.
+    Results go to bench/results/latest.json and latest.html unless --json or --html name another place; those of another
+    suite to latest.SUITE.json and latest.SUITE.html.
     """
-    can_plot = importlib.util.find_spec("matplotlib") is not None
-    if html_path and not can_plot:
-        raise click.UsageError("--html draws with matplotlib, which is not installed: pip install matplotlib")
     for path in markdown_paths:
         try:
             tables.check_markdown(path)
         except ValueError as error:
             raise click.UsageError(f"--markdown: {error}") from None
 
-    if len(sources) > 1 and (json_path or html_path):
-        raise click.UsageError("--from of several files makes --markdown alone: each is a run of its own")
+    if len(sources) > 1 and json_path:
+        raise click.UsageError("--json is of one run: --from of several files makes --markdown, --html and --pages")
     problems: list[str] = []
     if sources:
         records = [load(source, ops) for source in sources]
+        for source, found in zip(sources, records, strict=True):
+            try:
+                record.check_fit(records[0], found)
+            except ValueError as error:
+                if html_path:
+                    raise click.UsageError(f"--from: {source} does not fit {sources[0]}: {error}") from None
+        if pages and not any(found.suite == harness.MODULES for found in records):
+            raise click.UsageError(f"--pages: none of these files is a run of --suite {harness.MODULES}")
     else:
-        cases = on_device(device, select(harness.load_cases(), ops))
+        if pages and suite_name != harness.MODULES:
+            raise click.UsageError(f"--pages writes what --suite {harness.MODULES} measures")
+        cases = on_device(device, select(harness.load_suite(suite_name), ops))
         if only_list:
             return list_cases(cases)
-        json_path = json_path or RESULTS / "latest.json"
-        settings = harness.Settings(**({"threads": threads} if threads else {}), quick=quick, device=device)
+        name = "latest" if suite_name == harness.OPERATORS else f"latest.{suite_name}"
+        json_path = json_path or RESULTS / f"{name}.json"
+        settings = harness.Settings(
+            **({"threads": threads} if threads else {}),
+            quick=quick,
+            memory=suite_name != harness.MODULES,
+            device=device,
+            suite=suite_name,
+        )
         measured, problems = measure(cases, settings, json_path, kernels)
         records = [measured]
-        html_path = html_path or (RESULTS / "latest.html" if can_plot else None)
+        html_path = html_path or RESULTS / f"{name}.html"
 
     for found in records:
         tables.print_record(found, Console())
@@ -198,8 +225,10 @@ def main(
         records[0].save(json_path)
         written.append(json_path)
     if html_path:
-        report.write_html(html_path, records[0])
+        report.write_html(html_path, *records)
         written.append(html_path)
+    if pages:
+        written += modules.update_pages(records)
     for path in written:
         click.echo(f"wrote {path}")
     for problem in problems:

@@ -35,6 +35,9 @@ class Result:
         time_goal: seconds of a call to stay within.
         steps: T, where one step after the other bounds the time.
         step_floor: seconds that a step of this mode cannot take less than, by estimate.
+        length: what the case's time is drawn against, where it is one of several lengths.
+        state: contender -> bytes of the state after that length, of a module.
+        parameters: contender -> how many a module has.
     """
 
     case: str
@@ -58,6 +61,9 @@ class Result:
     time_goal: float | None = None
     steps: int | None = None
     step_floor: float | None = None
+    length: int | None = None
+    state: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
 
     @property
     def step_seconds(self) -> float | None:
@@ -83,6 +89,10 @@ class Record:
     rates: dict[str, float]
     results: list[Result]
     format: int = FORMAT
+
+    @property
+    def suite(self) -> str:
+        return self.settings.get("suite", harness.OPERATORS)
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +143,17 @@ def load(path: Path) -> Record:
         return Record(**{**fields, "results": [Result(**result) for result in fields["results"]]})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a benchmark record: {error}") from None
+
+
+MUST_FIT = ("gpu", "cpu", "cores", "threads", "seqops_isa", "torch_isa", "system")
+
+
+def check_fit(first: Record, other: Record) -> None:
+    """Raises ValueError unless both are runs on one kind of machine with one build of torch."""
+    one, two = ({**r.settings, **r.machine, "torch": r.machine["versions"]["torch"]} for r in (first, other))
+    for key in (*MUST_FIT, "torch", "device"):
+        if one.get(key) != two.get(key):
+            raise ValueError(f"{key}: expected {one.get(key)!r} as in the first run, got {two.get(key)!r}")
 
 
 def describe_machine(threads: int, device: str = harness.CPU) -> dict[str, Any]:

@@ -101,6 +101,7 @@ class Suite:
             time_goal=case.time_goals.get(mode) if has_goals else None,
             steps=case.steps if case.is_stepwise else None,
             step_floor=None if mode in harness.WITH_GRADIENTS else case.step_floor,
+            length=case.length,
         )
         try:
             rates = self.rates
@@ -111,6 +112,8 @@ class Suite:
             if result.error is None:
                 self.report("stage", f"{title}: time")
                 self.time(result, case, benchmark, rates)
+                for name, values in case.facts().items() if case.facts else ():
+                    getattr(result, name).update(values)
                 if mode == harness.TRAINING and self.settings.memory:
                     self.report("stage", f"{title}: memory")
                     for name in (harness.OURS, *case.peers):
@@ -154,8 +157,9 @@ class Suite:
             result.seconds[name] = {**harness.summary(spent), "rounds": len(spent), "calls": times.calls[name]}
             median = result.seconds[name]["median"]
             of = case.beside.get(name, case)
-            result.gemm_fraction[name] = of.flops[result.mode] / median / rates.gemm
-            result.copy_fraction[name] = of.bytes[result.mode] / median / rates.copy
+            if result.mode in of.flops:
+                result.gemm_fraction[name] = of.flops[result.mode] / median / rates.gemm
+                result.copy_fraction[name] = of.bytes[result.mode] / median / rates.copy
             if name != harness.OURS:
                 result.ratios[name] = harness.ratio_summary(times.seconds[harness.OURS], spent)
 

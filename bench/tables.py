@@ -40,7 +40,7 @@ def format_bytes(size: int) -> str:
 
 
 def format_shares(shares: dict[str, float], peer: str | None) -> str:
-    return " / ".join(f"{shares[name]:.0%}" for name in (harness.OURS, peer) if name).replace("%", "")
+    return " / ".join(f"{shares[name]:.0%}" for name in (harness.OURS, peer) if name in shares).replace("%", "")
 
 
 def format_step(result: Result) -> str:
@@ -160,7 +160,7 @@ def summarise(record: Record) -> str:
     goals = sum(len(result.goals.keys() - result.absent.keys()) for result in timed)
     goals += sum((result.copy_goal is not None) + (result.time_goal is not None) for result in timed)
     missed = [miss for miss in find_misses(record) if miss.quantity != "memory"]
-    parts = [f"{goals - len(missed)} of {goals} goals met"]
+    parts = [f"{goals - len(missed)} of {goals} goals met" if goals else "no goals"]
     heavier = sum(miss.quantity == "memory" for miss in find_misses(record))
     if heavier:
         parts.append(f"{heavier} training steps larger than the peer's")

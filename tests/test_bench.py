@@ -28,9 +28,12 @@ from bench import (
     cuda,
     harness,
     large_chunk_ttt,
+    lengths,
     memory,
+    modules,
     neural_memory,
     newton_schulz,
+    plots,
     record,
     report,
     rnn,
@@ -552,7 +555,7 @@ class Page(html.parser.HTMLParser):
         self.seen.append(tag)
         names = ("src", "href", "xlink:href", "data", "action")
         self.fetched += [value for name, value in attributes if name in names and not value.startswith("#")]
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -563,14 +566,21 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+def report_of(tmp_path: Path, *records: record.Record) -> str:
+    report.write_html(tmp_path / "run.html", *records)
+    return (tmp_path / "run.html").read_text(encoding="utf-8")
+
+
 def test_html_page_needs_nothing_else(tmp_path: Path) -> None:
     wrong = make_result(case="bad <case>", error="y 1 > 0", seconds={}, ratios={})
-    report.write_html(tmp_path / "run.html", make_record(make_result(), make_result(1.2, mode=FORWARD), wrong))
-    text = (tmp_path / "run.html").read_text(encoding="utf-8")
+    text = report_of(tmp_path, make_record(make_result(), make_result(1.2, mode=FORWARD), wrong))
     page = Page(text)
     assert not page.open and not page.fetched
-    # Ratios, times and shares of two modes, and memory.
-    assert page.seen.count("svg") == 7
+    # Ratios of two modes, rates, and memory.
+    assert page.seen.count("svg") == 4 and page.seen.count("script") == 1
+    # A time of 1 s at half of the matrix product; the filter and the sorting find what they need.
+    assert 'data-op="scale" id="scale"' in text and 'data-v="2"><b class="met">2.00x</b>' in text
+    assert "seqops, scale &lt;B4&gt;, training step: 25 GFLOP/s" in text
     assert "http" not in text and "@import" not in text and "url(" not in text.replace("url(#", "")
     assert "the peer is &lt;quick&gt;" in text and "1 of 2 goals met" in text and "y 1 &gt; 0" in text
 
@@ -660,11 +670,24 @@ def test_command_measures_and_writes(plain_process: None, monkeypatch: pytest.Mo
     assert again.startswith(tables.render(record.load(tmp_path / "run.json").results))
     assert (tmp_path / "run.md").read_text() == before
 
+    found = record.load(tmp_path / "run.json")
+    found.machine["cpu"] = "another one"
+    found.save(tmp_path / "other.json")
+    sources = [f"--from={tmp_path / 'run.json'}", f"--from={tmp_path / 'other.json'}"]
+    code, output = run_command(monkeypatch, [], *sources, files[1])
+    assert code == 2 and "other.json does not fit " in output and "got 'another one'" in output
+    code, output = run_command(monkeypatch, [], *sources, files[2])
+    assert code == 0, output
+
     both = [f"--from={tmp_path / 'run.json'}"] * 2
+    code, output = run_command(monkeypatch, [], *both, files[1])
+    assert code == 0 and (tmp_path / "run.html").read_text().count("<section") == 1
     code, output = run_command(monkeypatch, [], *both, "--brief", files[2])
     assert code == 0 and (tmp_path / "run.md").read_text().count("| scale B4 |") == 2
     code, output = run_command(monkeypatch, [], *both, files[0])
-    assert code == 2 and "--from of several files makes --markdown alone" in output
+    assert code == 2 and "--json is of one run" in output
+    code, output = run_command(monkeypatch, [], *both, "--pages")
+    assert code == 2 and "--pages: none of these files is a run of --suite modules" in output
 
 
 def test_command_lists_cases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -707,16 +730,137 @@ def test_command_needs_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--device cuda: torch finds no CUDA device here" in output
 
 
-def test_command_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """None in `sys.modules` is what Python itself takes for a module that cannot be imported."""
+def test_command_needs_no_matplotlib_for_its_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     make_record(make_result()).save(tmp_path / "run.json")
-    source = f"--from={tmp_path / 'run.json'}"
-    code, output = run_command(monkeypatch, [], source, "--html=run.html")
-    assert code == 2
-    assert "--html draws with matplotlib, which is not installed: pip install matplotlib" in output
-    code, output = run_command(monkeypatch, [], source)
-    assert code == 0
+    code, output = run_command(monkeypatch, [], f"--from={tmp_path / 'run.json'}", f"--html={tmp_path / 'run.html'}")
+    assert code == 0, output
+
+
+def test_page_of_several_runs(tmp_path: Path) -> None:
+    """Of a case in two runs the last counts; rates are those of each one's own run; lengths make lines."""
+    lengths = [make_result(2.0 * T, case=f"scale T{T}", length=T, mode=FORWARD) for T in (8, 64)]
+    one, two = make_record(make_result(2.0), *lengths), make_record(make_result(3.0), make_result(op="other"))
+    two.rates["gemm"] = 8e10
+    text = report_of(tmp_path, one, two)
+    assert text.count("<section") == 2 and "2.00x" in text and text.count(">3.00x</b>") == 1
+    assert "training step: 40 GFLOP/s" in text and "80 GFLOP/s" in text and "50 GFLOP/s" in text
+    assert "forward: time against length" in text and "memory of a training step against length" in text
+    assert f"{FAST}, 64: 128 s" in text and f"{OURS}, 8: 1.00 s" in text
+    two.machine["threads"] = 7
+    with pytest.raises(ValueError, match="threads: expected 2 as in the first run, got 7"):
+        report.write_html(tmp_path / "run.html", one, two)
+
+
+def test_share_of_the_roof_is_the_larger_share() -> None:
+    found = make_result(gemm_fraction={OURS: 0.5, FAST: 0.1}, copy_fraction={OURS: 0.4, FAST: 0.3})
+    assert report.roof_fraction(found) == {OURS: 0.5, FAST: 0.3}
+
+
+def test_ticks_are_round_and_few() -> None:
+    assert plots.ticks(0.9, 30.0) == [1, 2, 5, 10, 20]
+    assert plots.ticks(1.0, 1e5) == [1, 10, 100, 1e3, 1e4, 1e5]
+    assert len(plots.ticks(1e-9, 1e9)) <= 9
+
+
+# --- the suites of lengths and of modules
+
+
+def test_every_public_operator_has_cases() -> None:
+    public = {*backend.table()}
+    assert public <= {*seqops.__all__}
+    assert {case.op for case in harness.load_cases()} == public
+    assert {*lengths.SWEEPS} == public
+    cases = harness.load_suite("lengths")
+    assert len({case.name for case in cases}) == len(cases)
+    for op in public:
+        found = [case.length for case in cases if case.op == op]
+        assert len(found) >= 3 and found == sorted(found), op
+    assert all(not case.goals and set(case.modes) <= {FORWARD, TRAINING} for case in cases)
+
+
+@pytest.mark.parametrize("op", lengths.SWEEPS)
+def test_shortest_length_of_each_operator(op: str) -> None:
+    """Ours and the peer that is timed beside it agree with float64."""
+    case = lengths.make_cases(op)[0]
+    steps = min(case.steps, 128)
+    mode = case.modes[-1]
+    expected = harness.evaluate(case, REFERENCE, mode, steps)
+    for name in (OURS, *case.peers):
+        errors = harness.compare(harness.evaluate(case, name, mode, steps), expected)
+        # Newton-Schulz steps enlarge the rounding of small singular values.
+        assert all(error < 1e-4 for error in errors.values()), (name, errors)
+
+
+def test_every_module_has_sizes() -> None:
+    """A module that `python -m bench --suite modules` does not know is named here: bench/modules.py needs a line."""
+    assert modules.missing() == []
+    assert {*modules.MODULES} <= {*modules.exported()}
+
+
+@pytest.mark.parametrize("name", [name for name in modules.exported() if name in modules.MODULES])
+def test_module_can_be_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built, run and differentiated at a short length; one step after a past, with a state whose size is known."""
+    monkeypatch.setattr(modules, "PAST", 40)
+    *cases, last = modules.make_cases(name)
+    cases = cases or [last]
+    contender = cases[0].build(OURS, 64 if name != "ConvS5" else 2)
+    outputs = contender.run()
+    assert all(value.isfinite().all() for value in outputs.values())
+    torch.autograd.grad([y.sum() for y in outputs.values()], [*contender.leaves.values()])
+    if last.modes == (INFERENCE,):
+        with torch.inference_mode():
+            y = last.build(OURS, 1).run()["y"]
+            assert y.shape[0] == modules.BATCH and y.isfinite().all()
+        assert last.facts()["state"][OURS] > 0
+    assert cases[0].facts()["parameters"][OURS] > 0
+
+
+def test_attention_beside_modules_is_causal_and_steps() -> None:
+    layer, x = modules.CausalAttention().double(), torch.randn(2, 9, modules.WIDTH, dtype=torch.float64)
+    whole = layer(x)
+    torch.testing.assert_close(layer(x[:, :5]), whole[:, :5])
+    with torch.no_grad():
+        _, k, v = layer.heads(x)
+        keys, values = k.clone(), v.clone()
+        keys[:, :, -1], values[:, :, -1] = 0, 0
+        torch.testing.assert_close(layer.step(x[:, -1], keys, values), whole[:, -1])
+
+
+def test_modules_are_measured_and_written(plain_process: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Into the table of all, and into the page of each; again from the file the same."""
+    entry = dataclasses.replace(modules.MODULES["MinGRU"], lengths=(4, 8))
+    monkeypatch.setattr(modules, "MODULES", {"MinGRU": entry})
+    monkeypatch.setattr(modules, "exported", lambda: ["MinGRU"])
+    pages = tmp_path / "nn"
+    pages.mkdir()
+    (tmp_path / "modules.md").write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    page = "# MinGRU\n\n<!-- numbers: MinGRU -->\n<!-- end numbers -->\n\nEnd.\n"
+    (pages / "min-gru.md").write_text(page)
+    (pages / "other.md").write_text("# Other\n")
+    write = partial(modules.update_pages, page=tmp_path / "modules.md", pages=pages)
+    monkeypatch.setattr(modules, "update_pages", write)
+    files = [f"--json={tmp_path / 'run.json'}", f"--html={tmp_path / 'run.html'}"]
+    code, output = run_command(monkeypatch, [], "--suite=modules", "--quick", "--threads=1", "--pages", *files)
+    assert code == 0, output
+    found = record.load(tmp_path / "run.json")
+    assert found.suite == "modules" and len(found.results) == 5
+    assert all({modules.ATTENTION} == set(result.ratios) and not result.goals for result in found.results)
+    step = found.results[-1]
+    assert step.state[OURS] == 4 * 128 * 4 and step.state[modules.ATTENTION] == 2 * 4 * 8 * 128 * 4
+    own = (pages / "min-gru.md").read_text()
+    assert own.startswith("# MinGRU\n\n<!-- numbers: MinGRU -->\n\n|  | T = 4 | T = 8 |") and own.endswith("End.\n")
+    assert "state 2 kB" in own and "one step " in own and (pages / "other.md").read_text() == "# Other\n"
+    assert "| `MinGRU` |" in (tmp_path / "modules.md").read_text()
+    assert "<h2>Modules</h2>" in (tmp_path / "run.html").read_text()
+    (pages / "min-gru.md").write_text(page)
+    code, output = run_command(monkeypatch, [], f"--from={tmp_path / 'run.json'}", "--pages")
+    assert code == 0 and (pages / "min-gru.md").read_text() == own
+    (pages / "min-gru.md").write_text("<!-- numbers: MinGRU -->\n")
+    with pytest.raises(ValueError, match="expected a line <!-- end numbers -->"):
+        write([found])
+    code, output = run_command(monkeypatch, [make_case()], "--pages")
+    assert code == 2 and "--pages writes what --suite modules measures" in output
 
 
 def test_case_tables_are_consistent() -> None:
