@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import interpreter
+
 ROOT = Path(__file__).parent.parent
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.patch_once_a_launch()
 
 
 @pytest.fixture(autouse=True)
