@@ -3,7 +3,7 @@
 A line of its own in a page becomes
 
     ::: seqops.lstm     that object's signature and docstring
-    ::: operators       a table of operators by room, with links
+    ::: operators       tables of operators, one for each room
     ::: modules         a table of modules: what each is, its operators, its paper
     ::: papers          which paper is which operator and which module
     ::: examples        the pages in docs/examples and what each begins with
@@ -148,17 +148,20 @@ def operator_links(names: tuple[str, ...], here: Path) -> str:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """The class is for stylesheets/extra.css: sentences keep a width at which they can be read."""
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f'<div class="catalog" markdown>\n\n{body}\n\n</div>\n'
 
 
 def operators_table(here: Path) -> str:
-    rows: list[tuple[str, ...]] = []
+    """One of each room, under its name."""
+    tables = []
     for room, title in catalog.rooms().items():
-        for operator in (each for each in catalog.operators() if each.room == room):
-            rows.append((title, link(operator.name, operator_page(operator), here), escaped(operator.summary)))
-            title = ""
-    return table(("room", "operator", ""), rows)
+        found = [each for each in catalog.operators() if each.room == room]
+        rows = [(link(each.name, operator_page(each), here), escaped(each.summary)) for each in found]
+        tables.append(f"### {title}\n\n" + table(("operator", ""), rows))
+    return "\n".join(tables)
 
 
 def modules_table(here: Path) -> str:
@@ -166,13 +169,12 @@ def modules_table(here: Path) -> str:
     rows = [
         (
             link(each.name, pages.get(each.name), here),
-            escaped(each.summary),
+            f"{escaped(each.summary)} ({'; '.join(map(short, each.papers))})",
             operator_links(each.operators, here),
-            "; ".join(map(short, each.papers)),
         )
         for each in catalog.modules()
     ]
-    return table(("module", "", "operators", "paper"), rows)
+    return table(("module", "", "operators"), rows)
 
 
 def papers_table(here: Path) -> str:
@@ -180,7 +182,7 @@ def papers_table(here: Path) -> str:
     rows = [
         (
             str(paper.year),
-            escaped(f"{paper.authors}, *{paper.title}*" if paper.authors else f"*{paper.title}*"),
+            f"{paper.authors}, *{paper.title}*" if paper.authors else f"*{paper.title}*",
             operator_links(used, here),
             ", ".join(link(name, pages.get(name), here) for name in made),
         )
@@ -206,7 +208,7 @@ def first_sentence(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Docstrings' plain stars are no emphasis; pairs around a title are."""
+    """Docstrings' plain stars are no emphasis."""
     return re.sub(r"(?<=\s)\*(?=\s)", r"\\*", text)
 
 
@@ -269,6 +271,9 @@ def render(documentation: str) -> str:
     for title, body, rest in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
         if title == "Example":
             rendered.append(f"**{title}**\n\n```pycon\n{textwrap.dedent(body).strip()}\n```\n\n{rest}")
+            continue
+        if title in ("Returns", "Yields"):  # sentences, where a new line begins nothing
+            rendered.append(f"**{title}**\n\n{textwrap.dedent(body).strip()}\n\n{rest}")
             continue
         entries = re.split(r"\n(?! )", textwrap.dedent(body).strip())
         lines = [re.sub(r"\s*\n\s*", " ", entry) for entry in entries if entry]

@@ -47,7 +47,7 @@ def main() -> None:
     draw(muon, MUON_STEPS, "MUON_STEPS")
     draw(lact, LACT_LM_STEPS, "LACT_LM_STEPS")
     muon.set_ylabel("after the steps", color=TEXT)
-    lact.legend(frameon=False, labelcolor=TEXT, loc="upper left", fontsize=8)
+    lact.legend(frameon=False, labelcolor=TEXT, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     figure.tight_layout()
     target = Path(__file__).with_suffix(".svg")
     figure.savefig(target, transparent=True, metadata={"Date": None, "Creator": None})
