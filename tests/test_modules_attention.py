@@ -59,7 +59,7 @@ def test_block_diffusion_errors(diffusion):
 
 def routing(**options) -> nn.RoutingAttention:
     torch.manual_seed(0)
-    sizes = {"width": 16, "num_heads": 4, "local_heads": 2, "window": 4, "clusters": 3, "size": 3}
+    sizes = {"dim": 16, "num_heads": 4, "num_local_heads": 2, "window": 4, "num_clusters": 3, "size": 3}
     return nn.RoutingAttention(**sizes | options, dtype=torch.float64)
 
 
@@ -120,7 +120,7 @@ def test_combiner_errors():
         nn.Combiner(8, 2, 4, "row")
     with pytest.raises(ValueError, match="Combiner: pool: expected one of max, mean, got 'sum'"):
         nn.Combiner(8, 2, 4, pool="sum")
-    with pytest.raises(ValueError, match="Combiner: width: expected a multiple of num_heads = 3, got 8"):
+    with pytest.raises(ValueError, match="Combiner: dim: expected a multiple of num_heads = 3, got 8"):
         nn.Combiner(8, 3, 4)
     both_ways = nn.Combiner(8, 2, 4, causal=False)
     with pytest.raises(ValueError, match="Combiner: state: expected None where causal is False, got a state"):
@@ -148,7 +148,7 @@ def test_prob_sparse_of_short_sequences(T):
 def test_informer_learns_a_sine():
     """A forecast that is much better than the mean after a few steps, of other values and times."""
     torch.manual_seed(0)
-    model = nn.Informer(1, 6, width=16, num_heads=2, known=8, time_features=2, dropout=0.0)
+    model = nn.Informer(1, 6, dim=16, num_heads=2, known=8, time_features=2, dropout=0.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
 
     def series() -> tuple[torch.Tensor, ...]:
@@ -167,7 +167,7 @@ def test_informer_learns_a_sine():
 
 
 def test_informer_errors():
-    model = nn.Informer(3, 4, width=8, num_heads=2, known=6, time_features=2)
+    model = nn.Informer(3, 4, dim=8, num_heads=2, known=6, time_features=2)
     with pytest.raises(ValueError, match=r"Informer: x: expected at least known = 6 steps, got shape \[2, 5, 3\]"):
         model(torch.randn(2, 5, 3), torch.randn(2, 5, 2), torch.randn(2, 4, 2))
     with pytest.raises(ValueError, match=r"Informer: time: expected shape \[2, 8, 2\], got None"):

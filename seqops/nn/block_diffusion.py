@@ -26,13 +26,13 @@ class BlockDiffusionAttention(torch.nn.Module):
         y = module.denoise(noisy, cache)           # the next one, as often as it takes
 
     Args:
-        width: channels of x, a multiple of num_heads.
-        num_heads: H, heads of D = width / num_heads channels, D even.
+        dim: channels of x, a multiple of num_heads.
+        num_heads: H, heads of D = dim / num_heads channels, D even.
         block_size: steps of a block.
         base: of the rotary positions.
         device, dtype: of the parameters.
 
-    Shapes: x [B, 2 L, width], noisy steps first -> y [B, 2 L, width]. A cache is keys and values [B, S, H, D]; it
+    Shapes: x [B, 2 L, dim], noisy steps first -> y [B, 2 L, dim]. A cache is keys and values [B, S, H, D]; it
     **grows** with the clean steps.
 
     Initialisation: torch.nn.Linear's, no biases.
@@ -48,7 +48,7 @@ class BlockDiffusionAttention(torch.nn.Module):
 
     def __init__(
         self,
-        width: int,
+        dim: int,
         num_heads: int,
         block_size: int,
         base: float = 10000.0,
@@ -58,19 +58,19 @@ class BlockDiffusionAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_positive(self, block_size=block_size)
-        self.project = Projections(self, width, num_heads, bias=False, device=device, dtype=dtype)
-        check_multiple(self, "width", width, "2 num_heads", 2 * num_heads)
-        self.width, self.block_size, self.base = width, block_size, base
+        self.project = Projections(self, dim, num_heads, bias=False, device=device, dtype=dtype)
+        check_multiple(self, "dim", dim, "2 num_heads", 2 * num_heads)
+        self.dim, self.block_size, self.base = dim, block_size, base
 
     def forward(self, x: Tensor) -> Tensor:
-        check_sequence(self, x, self.width)
+        check_sequence(self, x, self.dim)
         expect(x.shape[1] % 2 == 0, self, "x", "an even number of steps, noisy and clean ones", x.shape[1])
         q, k, v = self.project(x)
         q, k = (torch.cat([rotary(half, 0, self.base) for half in t.chunk(2, 1)], 1) for t in (q, k))
         return self.project.join(block_diffusion_attention(q, k, v, self.block_size)[0])
 
     def extend(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Clean steps x [B, S, width], from the start of a block on -> y, and the cache with them."""
+        """Clean steps x [B, S, dim], from the start of a block on -> y, and the cache with them."""
         q, k, v, past = self.project_after(x, cache)
         i = torch.arange(past, past + x.shape[1], device=x.device, dtype=torch.int32)
         end = (i - i % self.block_size + self.block_size).clamp(max=k.shape[1])
@@ -78,14 +78,14 @@ class BlockDiffusionAttention(torch.nn.Module):
         return self.project.join(range_attention(q, k, v, ranges)[0]), (k, v)
 
     def denoise(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """Noisy steps x [B, S, width] of the block after the cache, S <= block_size -> y. The cache stays as it is."""
+        """Noisy steps x [B, S, dim] of the block after the cache, S <= block_size -> y. The cache stays as it is."""
         q, k, v, _ = self.project_after(x, cache)
         expect(x.shape[1] <= self.block_size, self, "x", f"at most block_size = {self.block_size} steps", x.shape[1])
         return self.project.join(range_attention(q, k, v, full_ranges(q.shape[1], k.shape[1], x.device))[0])
 
     def project_after(self, x: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor, Tensor, int]:
         """Queries of x, keys and values of the cache and of x, and how many steps the cache has."""
-        check_sequence(self, x, self.width)
+        check_sequence(self, x, self.dim)
         past = 0 if cache is None else cache[0].shape[1]
         whole = f"a multiple of block_size = {self.block_size} steps"
         expect(past % self.block_size == 0, self, "cache", whole, past)

@@ -25,15 +25,15 @@ class Combiner(Streaming):
     Of the paper's patterns row-major axial, mixture and routing are left out.
 
     Args:
-        width: channels of x, a multiple of num_heads.
-        num_heads: H, heads of width / num_heads channels.
+        dim: channels of x, a multiple of num_heads.
+        num_heads: H, heads of dim / num_heads channels.
         block_size: s, steps of a block or of a grid's row.
         pattern: "fixed", "logsparse" or "axial".
         pool: "max" or "mean" of each channel in a span.
         causal: False: every step sees the whole sequence, and there is no state.
         device, dtype: of the parameters.
 
-    Shapes: x [B, T, width] -> y [B, T, width].
+    Shapes: x [B, T, dim] -> y [B, T, dim].
 
     State: it **grows** with the sequence. "fixed": q, k, v of the open block [B, T mod s, 3, H, D] and the summaries of
     closed ones [B, T / s, 2, H, D]. The other patterns: q, k, v of all steps [B, T, 3, H, D], since a larger span's
@@ -52,7 +52,7 @@ class Combiner(Streaming):
 
     def __init__(
         self,
-        width: int,
+        dim: int,
         num_heads: int,
         block_size: int,
         pattern: str = "fixed",
@@ -66,13 +66,13 @@ class Combiner(Streaming):
         check_positive(self, block_size=block_size)
         expect(pattern in PATTERNS, self, "pattern", f"one of {', '.join(PATTERNS)}", repr(pattern))
         expect(pool in ("max", "mean"), self, "pool", "one of max, mean", repr(pool))
-        self.width, self.block_size, self.pattern, self.pool, self.causal = width, block_size, pattern, pool, causal
-        self.project = Projections(self, width, num_heads, bias=False, device=device, dtype=dtype)
+        self.dim, self.block_size, self.pattern, self.pool, self.causal = dim, block_size, pattern, pool, causal
+        self.project = Projections(self, dim, num_heads, bias=False, device=device, dtype=dtype)
         for parameter in self.parameters():
             torch.nn.init.xavier_uniform_(parameter)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        check_sequence(self, x, self.width)
+        check_sequence(self, x, self.dim)
         expect(self.causal or state is None, self, "state", "None where causal is False", "a state")
         new = torch.stack(self.project(x), 2)
         if not self.causal:

@@ -24,15 +24,15 @@ class DeltaAttention(Streaming):
     are no positions. The paper's threshold (0.6 here) and start value h_{-1} could not be confirmed.
 
     Args:
-        width: channels of x, a multiple of num_heads.
-        num_heads: H, heads of width / num_heads channels.
+        dim: channels of x, a multiple of num_heads.
+        num_heads: H, heads of dim / num_heads channels.
         threshold: 0 or more.
         window: last steps whose keys are seen as they are, the query's own among them; 0 or more.
         sink: first steps whose keys are seen as they are; 0 or more.
         mode: "element": each channel is held by itself; "row": all channels of a head's key move together.
         device, dtype: of the parameters.
 
-    Shapes: x [B, T, width] -> y [B, T, width].
+    Shapes: x [B, T, dim] -> y [B, T, dim].
 
     State: held keys and values of all steps [B, T, H, D], which **grow**; keys of the first `sink` steps and of the
     last `window`.
@@ -49,7 +49,7 @@ class DeltaAttention(Streaming):
 
     def __init__(
         self,
-        width: int,
+        dim: int,
         num_heads: int,
         threshold: float = 0.6,
         window: int = 64,
@@ -64,11 +64,11 @@ class DeltaAttention(Streaming):
         expect(window >= 0, self, "window", "a whole number >= 0", window)
         expect(sink >= 0, self, "sink", "a whole number >= 0", sink)
         expect(mode in MODES, self, "mode", f"one of {', '.join(MODES)}", repr(mode))
-        self.width, self.threshold, self.window, self.sink, self.mode = width, threshold, window, sink, mode
-        self.project = Projections(self, width, num_heads, bias=False, device=device, dtype=dtype)
+        self.dim, self.threshold, self.window, self.sink, self.mode = dim, threshold, window, sink, mode
+        self.project = Projections(self, dim, num_heads, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        check_sequence(self, x, self.width)
+        check_sequence(self, x, self.dim)
         q, k, v = self.project(x)
         if state is None:
             options = {"window": self.window, "sink": self.sink, "mode": self.mode}

@@ -17,10 +17,10 @@ from .prob_sparse_attention import ProbSparseAttention
 class Informer(torch.nn.Module):
     """Forecasts the next `horizon` steps of a series at once: a sparse encoder, and a decoder that starts from zeros.
 
-        encoder: [ProbSparseAttention, MLP] x encoder_layers; between two layers the length is halved:
+        encoder: [ProbSparseAttention, MLP] x num_encoder_layers; between two layers the length is halved:
                  x <- max_pool(ELU(batch_norm(conv3(x))), 3, stride 2)
         decoder: the last `known` values, then `horizon` zeros; [causal ProbSparseAttention, attention to the encoder's
-                 rows, MLP] x decoder_layers; a linear map of the last `horizon` rows is the forecast
+                 rows, MLP] x num_decoder_layers; a linear map of the last `horizon` rows is the forecast
 
     Every sublayer is LayerNorm(x + f(x)). Values enter by a convolution over 3 steps that wraps around, plus sine and
     cosine of the position, plus a linear map of the time features (hour, day of week, ... of a step). Normalising the
@@ -29,11 +29,11 @@ class Informer(torch.nn.Module):
     Args:
         channels: C, numbers of a step.
         horizon: steps that are forecast.
-        width: channels inside, a multiple of num_heads.
+        dim: channels inside, a multiple of num_heads.
         num_heads: of every attention.
         known: steps at the end of x that the decoder starts from, at most L; as published half of L or all.
-        encoder_layers: each but the last followed by the halving.
-        decoder_layers: of the decoder.
+        num_encoder_layers: each but the last followed by the halving.
+        num_decoder_layers: of the decoder.
         time_features: F, numbers that describe the time of a step; 0 for none.
         factor: of ProbSparseAttention.
         dropout: after each sublayer and the embedding.
@@ -43,7 +43,7 @@ class Informer(torch.nn.Module):
     Shapes: x [B, L, C]; time [B, L, F] and time_ahead [B, horizon, F], both or, with time_features = 0, none
     -> [B, horizon, C].
 
-    Initialisation: torch.nn's defaults; Kaiming's for the convolution of the embedding. MLPs are 4 widths wide.
+    Initialisation: torch.nn's defaults; Kaiming's for the convolution of the embedding. MLPs are 4 dim wide.
 
     Raises:
         ValueError: naming the argument, what was expected and what was got.
@@ -52,7 +52,7 @@ class Informer(torch.nn.Module):
     sequences.
 
     Example:
-        >>> model = seqops.nn.Informer(channels=7, horizon=24, width=64, time_features=4)
+        >>> model = seqops.nn.Informer(channels=7, horizon=24, dim=64, time_features=4)
         >>> model(torch.randn(2, 96, 7), torch.randn(2, 96, 4), torch.randn(2, 24, 4)).shape
         torch.Size([2, 24, 7])
 
@@ -63,11 +63,11 @@ class Informer(torch.nn.Module):
         self,
         channels: int,
         horizon: int,
-        width: int = 512,
+        dim: int = 512,
         num_heads: int = 8,
         known: int = 48,
-        encoder_layers: int = 2,
-        decoder_layers: int = 1,
+        num_encoder_layers: int = 2,
+        num_decoder_layers: int = 1,
         time_features: int = 0,
         factor: int = 5,
         dropout: float = 0.05,
@@ -79,21 +79,21 @@ class Informer(torch.nn.Module):
         super().__init__()
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         check_positive(self, channels=channels, horizon=horizon, known=known)
-        check_positive(self, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
+        check_positive(self, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
         self.channels, self.horizon, self.known, self.time_features = channels, horizon, known, time_features
-        self.past = Embedding(channels, time_features, width, dropout, **options)
-        self.ahead = Embedding(channels, time_features, width, dropout, **options)
+        self.past = Embedding(channels, time_features, dim, dropout, **options)
+        self.ahead = Embedding(channels, time_features, dim, dropout, **options)
         layers: list[torch.nn.Module] = []
-        for layer in range(encoder_layers):
+        for layer in range(num_encoder_layers):
             if layer and distil:
-                layers.append(Halving(width, **options))
-            layers.append(Layer(width, num_heads, factor, dropout, **options))
-        self.encoder = torch.nn.Sequential(*layers, torch.nn.LayerNorm(width, **options))
+                layers.append(Halving(dim, **options))
+            layers.append(Layer(dim, num_heads, factor, dropout, **options))
+        self.encoder = torch.nn.Sequential(*layers, torch.nn.LayerNorm(dim, **options))
         self.decoder = torch.nn.ModuleList(
-            Layer(width, num_heads, factor, dropout, decodes=True, **options) for _ in range(decoder_layers)
+            Layer(dim, num_heads, factor, dropout, decodes=True, **options) for _ in range(num_decoder_layers)
         )
-        self.norm = torch.nn.LayerNorm(width, **options)
-        self.out = torch.nn.Linear(width, channels, **options)
+        self.norm = torch.nn.LayerNorm(dim, **options)
+        self.out = torch.nn.Linear(dim, channels, **options)
 
     def forward(self, x: Tensor, time: Tensor | None = None, time_ahead: Tensor | None = None) -> Tensor:
         check_sequence(self, x, self.channels, letter="C")
@@ -114,13 +114,13 @@ class Informer(torch.nn.Module):
 
 
 class Embedding(torch.nn.Module):
-    """Values [B, T, C] and time features [B, T, F] -> [B, T, width]."""
+    """Values [B, T, C] and time features [B, T, F] -> [B, T, dim]."""
 
-    def __init__(self, channels: int, time_features: int, width: int, dropout: float, **options: Any) -> None:
+    def __init__(self, channels: int, time_features: int, dim: int, dropout: float, **options: Any) -> None:
         super().__init__()
-        self.values = torch.nn.Conv1d(channels, width, 3, padding=1, padding_mode="circular", bias=False, **options)
+        self.values = torch.nn.Conv1d(channels, dim, 3, padding=1, padding_mode="circular", bias=False, **options)
         torch.nn.init.kaiming_normal_(self.values.weight, mode="fan_in", nonlinearity="leaky_relu")
-        self.times = torch.nn.Linear(time_features, width, bias=False, **options) if time_features else None
+        self.times = torch.nn.Linear(time_features, dim, bias=False, **options) if time_features else None
         self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, x: Tensor, time: Tensor | None) -> Tensor:
@@ -133,14 +133,14 @@ class Layer(torch.nn.Module):
     """Attention of selected queries, in a decoder also attention to all rows of a context, and an MLP."""
 
     def __init__(
-        self, width: int, num_heads: int, factor: int, dropout: float, decodes: bool = False, **options: Any
+        self, dim: int, num_heads: int, factor: int, dropout: float, decodes: bool = False, **options: Any
     ) -> None:
         super().__init__()
-        self.attention = ProbSparseAttention(width, num_heads, factor, causal=decodes, **options)
-        self.cross = Projections(self, width, num_heads, **options) if decodes else None
-        self.up = torch.nn.Linear(width, 4 * width, **options)
-        self.down = torch.nn.Linear(4 * width, width, **options)
-        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width, **options) for _ in range(2 + decodes))
+        self.attention = ProbSparseAttention(dim, num_heads, factor, causal=decodes, **options)
+        self.cross = Projections(self, dim, num_heads, **options) if decodes else None
+        self.up = torch.nn.Linear(dim, 4 * dim, **options)
+        self.down = torch.nn.Linear(4 * dim, dim, **options)
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(dim, **options) for _ in range(2 + decodes))
         self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -156,19 +156,19 @@ class Layer(torch.nn.Module):
 class Halving(torch.nn.Module):
     """Convolution over 3 steps that wraps around, batch norm, ELU, the largest of 3 at every second step."""
 
-    def __init__(self, width: int, **options: Any) -> None:
+    def __init__(self, dim: int, **options: Any) -> None:
         super().__init__()
-        self.mix = torch.nn.Conv1d(width, width, 3, padding=1, padding_mode="circular", **options)
-        self.norm = torch.nn.BatchNorm1d(width, **options)
+        self.mix = torch.nn.Conv1d(dim, dim, 3, padding=1, padding_mode="circular", **options)
+        self.norm = torch.nn.BatchNorm1d(dim, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.max_pool1d(functional.elu(self.norm(self.mix(x.mT))), 3, stride=2, padding=1).mT
 
 
-def positions(T: int, width: int, device: torch.device) -> Tensor:
-    """Sines in even and cosines in odd channels of t / 10000^(channel / width): [T, width]."""
+def positions(T: int, dim: int, device: torch.device) -> Tensor:
+    """Sines in even and cosines in odd channels of t / 10000^(channel / dim): [T, dim]."""
     time = torch.arange(T, device=device, dtype=torch.float64)
-    channel = torch.arange(width, device=device)
-    power = (channel - channel % 2).to(torch.float64) * (-math.log(10000.0) / width)
+    channel = torch.arange(dim, device=device)
+    power = (channel - channel % 2).to(torch.float64) * (-math.log(10000.0) / dim)
     angle = time[:, None] * torch.exp(power)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos())

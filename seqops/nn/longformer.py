@@ -23,13 +23,13 @@ class Longformer(torch.nn.Module):
     q', k', v' are projections of their own. There are no positions: add them to x.
 
     Args:
-        width: channels of x, a multiple of num_heads.
-        num_heads: H, heads of D = width / num_heads channels.
+        dim: channels of x, a multiple of num_heads.
+        num_heads: H, heads of D = dim / num_heads channels.
         window: steps seen before, and steps seen after, a step's own; the published `attention_window` is their sum.
         device, dtype: of the parameters.
 
-    Shapes: x [B, T, width], global_index [G] int32 or int64, positions of global tokens, the same for each row of the
-    batch (repeated ones count once, those outside of the sequence do not count), or None -> y [B, T, width]. It reads
+    Shapes: x [B, T, dim], global_index [G] int32 or int64, positions of global tokens, the same for each row of the
+    batch (repeated ones count once, those outside of the sequence do not count), or None -> y [B, T, dim]. It reads
     whole sequences, which have no padding; there is no state.
 
     Initialisation: torch.nn.Linear's; the projections of global tokens start as copies of the others, as published. The
@@ -45,7 +45,7 @@ class Longformer(torch.nn.Module):
 
     def __init__(
         self,
-        width: int,
+        dim: int,
         num_heads: int,
         window: int,
         *,
@@ -54,17 +54,17 @@ class Longformer(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_positive(self, window=window)
-        self.width, self.window = width, window
-        self.project = Projections(self, width, num_heads, device=device, dtype=dtype)
+        self.dim, self.window = dim, window
+        self.project = Projections(self, dim, num_heads, device=device, dtype=dtype)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.global_query = torch.nn.Linear(width, width, bias=False, **options)
-        self.global_key = torch.nn.Linear(width, width, bias=False, **options)
-        self.global_value = torch.nn.Linear(width, width, **options)
+        self.global_query = torch.nn.Linear(dim, dim, bias=False, **options)
+        self.global_key = torch.nn.Linear(dim, dim, bias=False, **options)
+        self.global_value = torch.nn.Linear(dim, dim, **options)
         for name in ("query", "key", "value"):
             getattr(self, f"global_{name}").load_state_dict(getattr(self.project, name).state_dict())
 
     def forward(self, x: Tensor, global_index: Tensor | None = None) -> Tensor:
-        check_sequence(self, x, self.width)
+        check_sequence(self, x, self.dim)
         q, k, v = self.project(x)
         o, _ = window_attention(q, k, v, self.window, self.window, global_index=global_index)
         if global_index is not None and global_index.shape[0] > 0 and x.shape[1] > 0:
@@ -92,7 +92,7 @@ class Recformer(torch.nn.Module):
 
     Args:
         vocabulary: number of tokens.
-        width: channels inside, a multiple of num_heads.
+        dim: channels inside, a multiple of num_heads.
         num_heads: heads of the attention.
         num_layers: layers.
         window: steps seen before, and steps seen after; as published 32 of both.
@@ -102,10 +102,10 @@ class Recformer(torch.nn.Module):
         dropout: after the embedding and each sublayer.
         device, dtype: of the parameters.
 
-    Shapes: token [B, T], kind [B, T] below `kinds`, item [B, T] below `max_items`, all int64 -> y [B, T, width]. The
+    Shapes: token [B, T], kind [B, T] below `kinds`, item [B, T] below `max_items`, all int64 -> y [B, T, dim]. The
     rows of a batch are equally long.
 
-    Initialisation: N(0, 0.02) for embeddings, else as Longformer's and torch.nn.Linear's. MLPs are 4 widths wide.
+    Initialisation: N(0, 0.02) for embeddings, else as Longformer's and torch.nn.Linear's. MLPs are 4 dim wide.
 
     Raises:
         ValueError: naming the argument, what was expected and what was got.
@@ -118,7 +118,7 @@ class Recformer(torch.nn.Module):
     def __init__(
         self,
         vocabulary: int,
-        width: int = 768,
+        dim: int = 768,
         num_heads: int = 12,
         num_layers: int = 12,
         window: int = 32,
@@ -136,14 +136,12 @@ class Recformer(torch.nn.Module):
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.max_tokens = max_tokens
         self.token, self.position, self.kind, self.item = (
-            torch.nn.Embedding(count, width, **options) for count in (vocabulary, max_tokens, kinds, max_items)
+            torch.nn.Embedding(count, dim, **options) for count in (vocabulary, max_tokens, kinds, max_items)
         )
         for embedding in (self.token, self.position, self.kind, self.item):
             torch.nn.init.normal_(embedding.weight, std=0.02)
-        self.norm = torch.nn.LayerNorm(width, **options)
-        self.layers = torch.nn.ModuleList(
-            Layer(width, num_heads, window, dropout, **options) for _ in range(num_layers)
-        )
+        self.norm = torch.nn.LayerNorm(dim, **options)
+        self.layers = torch.nn.ModuleList(Layer(dim, num_heads, window, dropout, **options) for _ in range(num_layers))
         self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, token: Tensor, kind: Tensor, item: Tensor) -> Tensor:
@@ -159,19 +157,19 @@ class Recformer(torch.nn.Module):
 
     @staticmethod
     def scores(user: Tensor, items: Tensor, temperature: float = 0.05) -> Tensor:
-        """user [B, width] and items [N, width] -> cosine / temperature [B, N], whose softmax is trained."""
+        """user [B, dim] and items [N, dim] -> cosine / temperature [B, N], whose softmax is trained."""
         return functional.normalize(wide(user), dim=-1) @ functional.normalize(wide(items), dim=-1).mT / temperature
 
 
 class Layer(torch.nn.Module):
     """Longformer attention and an MLP, each LayerNorm(x + f(x))."""
 
-    def __init__(self, width: int, num_heads: int, window: int, dropout: float, **options: Any) -> None:
+    def __init__(self, dim: int, num_heads: int, window: int, dropout: float, **options: Any) -> None:
         super().__init__()
-        self.attention = Longformer(width, num_heads, window, **options)
-        self.up = torch.nn.Linear(width, 4 * width, **options)
-        self.down = torch.nn.Linear(4 * width, width, **options)
-        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width, **options) for _ in range(2))
+        self.attention = Longformer(dim, num_heads, window, **options)
+        self.up = torch.nn.Linear(dim, 4 * dim, **options)
+        self.down = torch.nn.Linear(4 * dim, dim, **options)
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(dim, **options) for _ in range(2))
         self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, x: Tensor, global_index: Tensor) -> Tensor:

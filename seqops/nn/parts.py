@@ -119,33 +119,33 @@ def cached_attention(
 
 
 class Projections(torch.nn.Module):
-    """Linear maps from x [B, T, width] to heads of queries, keys and values, and from the heads' results back.
+    """Linear maps from x [B, T, dim] to heads of queries, keys and values, and from the heads' results back.
 
     Args:
         owner: whose sizes these are; named in errors.
-        width: D, a multiple of num_heads.
+        dim: D, a multiple of num_heads.
         num_heads: H.
         bias: of the maps of values and results. Queries and keys have none: that of keys would change nothing.
     """
 
-    def __init__(self, owner: object, width: int, num_heads: int, bias: bool = True, **options: Any) -> None:
+    def __init__(self, owner: object, dim: int, num_heads: int, bias: bool = True, **options: Any) -> None:
         super().__init__()
-        check_positive(owner, width=width, num_heads=num_heads)
-        check_multiple(owner, "width", width, "num_heads", num_heads)
+        check_positive(owner, dim=dim, num_heads=num_heads)
+        check_multiple(owner, "dim", dim, "num_heads", num_heads)
         self.num_heads = num_heads
-        self.query = torch.nn.Linear(width, width, bias=False, **options)
-        self.key = torch.nn.Linear(width, width, bias=False, **options)
-        self.value = torch.nn.Linear(width, width, bias=bias, **options)
-        self.out = torch.nn.Linear(width, width, bias=bias, **options)
+        self.query = torch.nn.Linear(dim, dim, bias=False, **options)
+        self.key = torch.nn.Linear(dim, dim, bias=False, **options)
+        self.value = torch.nn.Linear(dim, dim, bias=bias, **options)
+        self.out = torch.nn.Linear(dim, dim, bias=bias, **options)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """q of x [B, T, width]; k, v of the context [B, S, width], or of x: [B, T or S, H, D]."""
+        """q of x [B, T, dim]; k, v of the context [B, S, dim], or of x: [B, T or S, H, D]."""
         context = x if context is None else context
         q, k, v = self.query(x), self.key(context), self.value(context)
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
     def join(self, o: Tensor) -> Tensor:
-        """o [B, T, H, D] -> [B, T, width]."""
+        """o [B, T, H, D] -> [B, T, dim]."""
         return self.out(o.flatten(2))
 
 

@@ -25,13 +25,13 @@ class ProbSparseAttention(torch.nn.Module):
     too).
 
     Args:
-        width: channels of x, a multiple of num_heads.
-        num_heads: H, heads of width / num_heads channels.
+        dim: channels of x, a multiple of num_heads.
+        num_heads: H, heads of dim / num_heads channels.
         factor: samples, and queries that attend, for each unit of ln T.
         causal: a selected query sees no later key, and the others get running sums, as published.
         device, dtype: of the parameters.
 
-    Shapes: x [B, T, width] -> y [B, T, width].
+    Shapes: x [B, T, dim] -> y [B, T, dim].
 
     Initialisation: torch.nn.Linear's. The maps of queries and keys have no bias.
 
@@ -45,7 +45,7 @@ class ProbSparseAttention(torch.nn.Module):
 
     def __init__(
         self,
-        width: int,
+        dim: int,
         num_heads: int,
         factor: int = 5,
         causal: bool = False,
@@ -55,11 +55,11 @@ class ProbSparseAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_positive(self, factor=factor)
-        self.width, self.factor, self.causal = width, factor, causal
-        self.project = Projections(self, width, num_heads, device=device, dtype=dtype)
+        self.dim, self.factor, self.causal = dim, factor, causal
+        self.project = Projections(self, dim, num_heads, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_sequence(self, x, self.width)
+        check_sequence(self, x, self.dim)
         T = x.shape[1]
         count = min(self.factor * math.ceil(math.log(T)), T) if T > 1 else T
         if self.training:

@@ -39,20 +39,20 @@ class RoutingAttention(Streaming):
     does not. The published relative bias is replaced by rotary positions.
 
     Args:
-        width: channels of x, a multiple of num_heads.
-        num_heads: H, heads of D = width / num_heads channels; D even.
-        local_heads: how many of them are local: at least 1, and fewer than num_heads.
+        dim: channels of x, a multiple of num_heads.
+        num_heads: H, heads of D = dim / num_heads channels; D even.
+        num_local_heads: how many of them are local: at least 1, and fewer than num_heads.
         window: steps that a local head sees, its own among them.
-        clusters: K, of each cluster head; about sqrt(T).
+        num_clusters: K, of each cluster head; about sqrt(T).
         size: steps of its cluster that a query sees; about T / K.
         decay: of the centroids' moving averages.
         base: of the rotary positions.
         device, dtype: of the parameters.
 
-    Shapes: x [B, T, width] -> y [B, T, width].
+    Shapes: x [B, T, dim] -> y [B, T, dim].
 
-    State: the number of steps read [B]; keys and values of local heads [B, window - 1, local_heads, D]; of cluster
-    heads the last `size` of each cluster [B, K size, H - local_heads, D], and their number [B, H - local_heads, K].
+    State: the number of steps read [B]; keys and values of the L local heads [B, window - 1, L, D]; of the others the
+    last `size` of each cluster [B, K size, H - L, D], and how many there are [B, H - L, K].
 
     Initialisation: torch.nn.Linear's, no biases; centroids are normalised like q, from N(0, 1).
 
@@ -69,11 +69,11 @@ class RoutingAttention(Streaming):
 
     def __init__(
         self,
-        width: int,
+        dim: int,
         num_heads: int,
-        local_heads: int,
+        num_local_heads: int,
         window: int,
-        clusters: int,
+        num_clusters: int,
         size: int,
         decay: float = 0.999,
         base: float = 10000.0,
@@ -82,24 +82,30 @@ class RoutingAttention(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, width=width, num_heads=num_heads, window=window, clusters=clusters, size=size)
-        check_multiple(self, "width", width, "2 num_heads", 2 * num_heads)
-        expect(1 <= local_heads < num_heads, self, "local_heads", f"1 to num_heads - 1 = {num_heads - 1}", local_heads)
-        self.width, self.num_heads, self.local_heads, self.window = width, num_heads, local_heads, window
+        check_positive(self, dim=dim, num_heads=num_heads, window=window, num_clusters=num_clusters, size=size)
+        check_multiple(self, "dim", dim, "2 num_heads", 2 * num_heads)
+        expect(
+            1 <= num_local_heads < num_heads,
+            self,
+            "num_local_heads",
+            f"1 to num_heads - 1 = {num_heads - 1}",
+            num_local_heads,
+        )
+        self.dim, self.num_heads, self.num_local_heads, self.window = dim, num_heads, num_local_heads, window
         self.size, self.decay, self.base = size, decay, base
-        D, options = width // num_heads, {"bias": False, "device": device, "dtype": dtype}
-        self.query = torch.nn.Linear(width, local_heads * D, **options)
-        self.key = torch.nn.Linear(width, local_heads * D, **options)
-        self.shared = torch.nn.Linear(width, width - local_heads * D, **options)
-        self.value = torch.nn.Linear(width, width, **options)
-        self.out = torch.nn.Linear(width, width, **options)
-        drawn = torch.randn(num_heads - local_heads, clusters, D, device=device, dtype=dtype)
+        D, options = dim // num_heads, {"bias": False, "device": device, "dtype": dtype}
+        self.query = torch.nn.Linear(dim, num_local_heads * D, **options)
+        self.key = torch.nn.Linear(dim, num_local_heads * D, **options)
+        self.shared = torch.nn.Linear(dim, dim - num_local_heads * D, **options)
+        self.value = torch.nn.Linear(dim, dim, **options)
+        self.out = torch.nn.Linear(dim, dim, **options)
+        drawn = torch.randn(num_heads - num_local_heads, num_clusters, D, device=device, dtype=dtype)
         self.register_buffer("centroids", functional.layer_norm(drawn, (D,)))
         self.seen: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        check_sequence(self, x, self.width)
-        local, D = self.local_heads, self.width // self.num_heads
+        check_sequence(self, x, self.dim)
+        local, D = self.num_local_heads, self.dim // self.num_heads
         v = split_heads(self.value(x), self.num_heads)
         q, k = split_heads(self.query(x), local), split_heads(self.key(x), local)
         start = x.new_zeros(x.shape[0], dtype=torch.int64) if state is None else state[0]

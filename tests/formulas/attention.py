@@ -82,11 +82,11 @@ def circular(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 def informer_embedding(module: torch.nn.Module, x: Tensor, time: Tensor | None) -> Tensor:
     y = circular(module.values.weight, None, x)
-    T, width = y.shape[1:]
-    place = torch.zeros(T, width, dtype=torch.float64)
+    T, dim = y.shape[1:]
+    place = torch.zeros(T, dim, dtype=torch.float64)
     for t in range(T):
-        for n in range(width):
-            angle = t / 10000 ** ((n - n % 2) / width)
+        for n in range(dim):
+            angle = t / 10000 ** ((n - n % 2) / dim)
             place[t, n] = math.cos(angle) if n % 2 else math.sin(angle)
     y = y + place
     return y if time is None else y + time @ module.times.weight.T
@@ -198,7 +198,7 @@ def turned(x: Tensor, base: float, start: int = 0) -> Tensor:
 
 
 def routing(module: torch.nn.Module, x: Tensor) -> Tensor:
-    (B, T, _), H, local = x.shape, module.num_heads, module.local_heads
+    (B, T, _), H, local = x.shape, module.num_heads, module.num_local_heads
     q, k = (turned(heads_of(linear, x, local), module.base) for linear in (module.query, module.key))
     v, shared = heads_of(module.value, x, H), heads_of(module.shared, x, H - local)
     shared = shared - shared.mean(-1, keepdim=True)
@@ -345,19 +345,19 @@ def louder(module: torch.nn.Module) -> None:
 SPARSE = {"cuts": (), "in16": False}
 
 CASES = [
-    Case("ProbSparseAttention", {"width": 8, "num_heads": 2, "factor": 1}, prob_sparse, note="few", **SPARSE),
+    Case("ProbSparseAttention", {"dim": 8, "num_heads": 2, "factor": 1}, prob_sparse, note="few", **SPARSE),
     Case(
         "ProbSparseAttention",
-        {"width": 8, "num_heads": 2, "factor": 1, "causal": True},
+        {"dim": 8, "num_heads": 2, "factor": 1, "causal": True},
         prob_sparse,
         note="causal",
         compiled=False,
         **SPARSE,
     ),
-    Case("ProbSparseAttention", {"width": 8, "num_heads": 2}, prob_sparse, note="all", cuts=(), compiled=False),
+    Case("ProbSparseAttention", {"dim": 8, "num_heads": 2}, prob_sparse, note="all", cuts=(), compiled=False),
     Case(
         "Informer",
-        {"channels": 3, "horizon": 4, "width": 8, "num_heads": 2, "known": 5, "time_features": 2, "factor": 1},
+        {"channels": 3, "horizon": 4, "dim": 8, "num_heads": 2, "known": 5, "time_features": 2, "factor": 1},
         informer,
         draw=series,
         prepare=move,
@@ -365,7 +365,7 @@ CASES = [
     ),
     Case(
         "Informer",
-        {"channels": 3, "horizon": 4, "width": 8, "num_heads": 2, "known": 5, "decoder_layers": 2, "distil": False},
+        {"channels": 3, "horizon": 4, "dim": 8, "num_heads": 2, "known": 5, "num_decoder_layers": 2, "distil": False},
         informer,
         (2, 11, 3),
         note="all selected",
@@ -376,7 +376,7 @@ CASES = [
     *(
         Case(
             "Combiner",
-            {"width": 8, "num_heads": 2, "block_size": s, "pattern": pattern, "pool": pool},
+            {"dim": 8, "num_heads": 2, "block_size": s, "pattern": pattern, "pool": pool},
             combiner,
             (2, 17, 8),
             note=f"{pattern} {pool}",
@@ -396,7 +396,7 @@ CASES = [
     *(
         Case(
             "Combiner",
-            {"width": 8, "num_heads": 2, "block_size": 4, "pattern": pattern, "causal": False},
+            {"dim": 8, "num_heads": 2, "block_size": 4, "pattern": pattern, "causal": False},
             combiner,
             note=f"{pattern} both ways",
             cuts=(),
@@ -407,7 +407,7 @@ CASES = [
     ),
     Case(
         "RoutingAttention",
-        {"width": 16, "num_heads": 4, "local_heads": 2, "window": 4, "clusters": 3, "size": 3},
+        {"dim": 16, "num_heads": 4, "num_local_heads": 2, "window": 4, "num_clusters": 3, "size": 3},
         routing,
         (2, 17, 16),
         cuts=(1, 6, 7),
@@ -416,18 +416,16 @@ CASES = [
     ),
     Case(
         "RoutingAttention",
-        {"width": 12, "num_heads": 3, "local_heads": 1, "window": 1, "clusters": 1, "size": 5},
+        {"dim": 12, "num_heads": 3, "num_local_heads": 1, "window": 1, "num_clusters": 1, "size": 5},
         routing,
         (2, 13, 12),
         note="one cluster",
         compiled=False,
     ),
-    Case(
-        "Longformer", {"width": 8, "num_heads": 2, "window": 3}, longformer, draw=with_globals, prepare=jitter, cuts=()
-    ),
+    Case("Longformer", {"dim": 8, "num_heads": 2, "window": 3}, longformer, draw=with_globals, prepare=jitter, cuts=()),
     Case(
         "Longformer",
-        {"width": 8, "num_heads": 2, "window": 2},
+        {"dim": 8, "num_heads": 2, "window": 2},
         longformer,
         note="no global tokens",
         cuts=(),
@@ -435,7 +433,7 @@ CASES = [
     ),
     Case(
         "Recformer",
-        {"vocabulary": 20, "width": 8, "num_heads": 2, "num_layers": 2, "window": 2, "max_tokens": 15, "max_items": 5},
+        {"vocabulary": 20, "dim": 8, "num_heads": 2, "num_layers": 2, "window": 2, "max_tokens": 15, "max_items": 5},
         recformer,
         draw=words,
         prepare=jitter,
@@ -443,7 +441,7 @@ CASES = [
     ),
     Case(
         "BlockDiffusionAttention",
-        {"width": 8, "num_heads": 2, "block_size": 4},
+        {"dim": 8, "num_heads": 2, "block_size": 4},
         block_diffusion,
         (2, 20, 8),
         cuts=(),
@@ -451,7 +449,7 @@ CASES = [
     *(
         Case(
             "DeltaAttention",
-            {"width": 8, "num_heads": 2, "threshold": 0.6, "window": window, "sink": sink, "mode": mode},
+            {"dim": 8, "num_heads": 2, "threshold": 0.6, "window": window, "sink": sink, "mode": mode},
             delta,
             (2, 15, 8),
             note=note,
@@ -464,7 +462,7 @@ CASES = [
     ),
     Case(
         "DeltaAttention",
-        {"width": 8, "num_heads": 2, "threshold": 0.0, "window": 2, "sink": 7},
+        {"dim": 8, "num_heads": 2, "threshold": 0.0, "window": 2, "sink": 7},
         delta,
         note="nothing held",
         grows=True,
