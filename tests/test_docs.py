@@ -186,7 +186,7 @@ def test_pages_of_operators_have_formula_picture_shapes_cost_and_numbers(operato
     assert re.search(r"^!\[.+\]\(figures/[\w-]+\.svg\)$", text, re.MULTILINE), "a picture"
     assert re.search(r"`\[[A-Z*.]\S*, ", text), "shapes"
     assert re.search(r"^#+ .*(Cost|How it is computed|[Mm]emory|Rules for all)", text, re.MULTILINE), "cost"
-    assert re.search(r"<!-- bench:begin -->|\[[^\]]*[Mm]easured[^\]]*\]\([\w-]+\.md#measured\)", text), "numbers"
+    assert re.search(r"^<!-- bench:begin -->\n\n\|", text, re.MULTILINE), "numbers"
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -215,7 +215,9 @@ def test_docstrings_are_complete(operator):
 def test_pins_satisfy_what_the_package_asks_for():
     """Each dependency and tool of pyproject.toml has an exact version in requirements.txt."""
     project = (ROOT / "pyproject.toml").read_text()
-    lists = re.findall(r"^(?:dependencies|cuda|test|bench|docs|examples) = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+    lists = re.findall(
+        r"^(?:dependencies|cuda|test|bench|docs|examples) = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL
+    )
     asked = re.findall(r'"([a-z0-9-]+)[^"]*"', "".join(lists))
     pinned = re.findall(r"^([a-z0-9-]+)==[\d.]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert {"torch", "numpy", "click", "rich", "pytest", "mkdocs"} <= set(asked) <= set(pinned)
