@@ -33,7 +33,7 @@ from tests.formulas import CASES, Case, output  # noqa: E402
 STEPS, PROBES, DECADES = 24, 8, 4
 GREY = "#7f8490"
 COLOURS = ("fdf0c4", "f7b85c", "e0654c", "9c2c77", "2d1160")  # from the weakest to the strongest
-SIZE, LEFT, TOP = 168, 40, 8  # of the panel, in the picture's units
+SIZE, LEFT, TOP = 168, 40, 22  # of the panel, in the picture's units
 
 
 def case_of(name: str) -> Case:
@@ -133,6 +133,7 @@ def picture(name: str, sizes: Tensor) -> str:
     scale = png([colour(10 ** (-DECADES * i / 63)) for i in range(64)], 1)
     bar, edge = right + 14, f'stroke="{GREY}" stroke-width="0.7"'
     labels = [
+        f'<text x="{LEFT}" y="{TOP - 8}" font-weight="bold">{name}</text>',
         f'<text x="{LEFT - 5}" y="{TOP + 9}" text-anchor="end">0</text>',
         f'<text x="{LEFT - 5}" y="{bottom}" text-anchor="end">{tall - 1}</text>',
         f'<text x="{LEFT}" y="{bottom + 13}">0</text>',
@@ -147,7 +148,7 @@ def picture(name: str, sizes: Tensor) -> str:
     image = 'preserveAspectRatio="none" style="image-rendering:pixelated" href="data:image/png;base64,'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 264 200" width="264" height="200" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 264 214" width="264" height="214" '
             f'role="img" font-family="sans-serif" font-size="11" fill="{GREY}">',
             f"<title>{name}: influence of input steps on output steps</title>",
             f'<image x="{LEFT}" y="{TOP}" width="{SIZE}" height="{SIZE}" {image}{png(cells, wide)}"/>',
