@@ -47,7 +47,8 @@ def last_state(u: Tensor, A: Tensor, b: Tensor) -> Tensor:
     sums = torch.einsum("bjih,hin->bhjn", u, applied(A, b, BLOCK).flip(-2))
     while sums.shape[2] > 1:
         sums = functional.pad(sums, (0, 0, sums.shape[2] % 2, 0))
-        sums = sums[:, :, 0::2] @ across.mT + sums[:, :, 1::2]
+        # Contiguous, since a compiled product of symbolic sizes asks for a view of it.
+        sums = sums[:, :, 0::2].contiguous() @ across.mT + sums[:, :, 1::2]
         across = across @ across
     return sums[:, :, 0]
 
