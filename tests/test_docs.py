@@ -122,6 +122,24 @@ def test_paths_that_pages_name_exist(page):
         assert (ROOT / path).exists(), path
 
 
+def test_tables_hold_everything():
+    """Operators, modules, their papers and the examples, each with a link to a page that exists."""
+    site = hooks()
+    holds = {
+        "operators": [operator.name for operator in catalog.operators()],
+        "modules": MODULES,
+        "papers": [paper.title for paper, _, _ in catalog.citations()],
+        "examples": [page.stem for page in (DOCS / "examples").glob("*.md")],
+    }
+    assert holds.keys() == site.TABLES.keys()
+    for name, expected in holds.items():
+        for folder in (Path(), Path("nn")):
+            text = site.replacement(name, folder)
+            assert [each for each in expected if each not in text] == []
+            targets = re.findall(r"\]\(([^)]+)\)", text)
+            assert targets and all((DOCS / folder / target).resolve().exists() for target in targets)
+
+
 def test_every_public_name_is_described():
     """Operators and what modules share in the API, modules on pages of their own."""
     pages = [DOCS / "api.md", *(DOCS / "nn").glob("*.md")]
@@ -186,7 +204,9 @@ def test_pages_of_operators_have_formula_picture_shapes_cost_and_numbers(operato
     assert re.search(r"^!\[.+\]\(figures/[\w-]+\.svg\)$", text, re.MULTILINE), "a picture"
     assert re.search(r"`\[[A-Z*.]\S*, ", text), "shapes"
     assert re.search(r"^#+ .*(Cost|How it is computed|[Mm]emory|Rules for all)", text, re.MULTILINE), "cost"
-    assert re.search(r"^<!-- bench:begin -->\n\n\|", text, re.MULTILINE), "numbers"
+    measured = "".join(re.findall(r"^<!-- bench:begin -->$(.*?)^<!-- bench:end -->$", text, re.MULTILINE | re.DOTALL))
+    rows = {operator, *(f"nn.{module.name}" for module in catalog.modules() if module.operators == (operator,))}
+    assert any(re.search(rf"^\| [^|]*(?<![\w.]){re.escape(row)}\b", measured, re.MULTILINE) for row in rows), "numbers"
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
