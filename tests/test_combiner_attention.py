@@ -283,10 +283,18 @@ def summaries_in_torch(
     return tuple(torch.stack(part, 1) for part in zip(*rows, strict=True))
 
 
-@pytest.mark.tiny
-@every_pool
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-@pytest.mark.parametrize(("tree", "causal"), [*itertools.product((False, True), repeat=2)])
+def in_every_dtype(*flags: str, everyday: tuple[bool, ...]) -> Any:
+    """Flags, pools and dtypes, all of them on the CPU. In Triton's interpreter, which is slow, all in float32; and of
+    the flags `everyday` in the others too, which differ in how rows are loaded and rounded alone."""
+    values = []
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        for given in itertools.product((False, True), repeat=len(flags)):
+            tiny = dtype == torch.float32 or given == everyday
+            values += [pytest.param(*given, dtype, pool, marks=pytest.mark.tiny if tiny else ()) for pool in POOLS]
+    return pytest.mark.parametrize((*flags, "dtype", "pool"), values)
+
+
+@in_every_dtype("tree", "causal", everyday=(True, True))
 def test_span_summaries(tree: bool, causal: bool, dtype: torch.dtype, pool: str) -> None:
     T, s = 26, 5
     blocks = [range(first, min(first + s, T)) for first in range(0, T, s)]
@@ -309,10 +317,7 @@ def test_span_summaries(tree: bool, causal: bool, dtype: torch.dtype, pool: str)
         assert a.dtype == dtype and error(a, b.detach()) <= bound
 
 
-@pytest.mark.tiny
-@every_pool
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-@pytest.mark.parametrize("reverse", [False, True])
+@in_every_dtype("reverse", everyday=(True,))
 def test_running_pool(reverse: bool, dtype: torch.dtype, pool: str) -> None:
     T, s = 23, 4
     x = torch.randn(2, T, 2, 7).mul(2).round().to(dtype).requires_grad_()  # with ties
