@@ -66,7 +66,7 @@ def test_s4_starts_as_legs():
     assert distance(module.kernel(A, c[0], T), expected) <= 1e-9
 
 
-@pytest.mark.parametrize("module", [seqops.nn.S5(4, 12, blocks=3), seqops.nn.ConvS5(4, 6, norm_groups=2)])
+@pytest.mark.parametrize("module", [seqops.nn.S5(4, 12, num_blocks=3), seqops.nn.ConvS5(4, 6, norm_groups=2)])
 def test_s5_starts_as_legs(module):
     """Real parts are -½, and B and C are those of a real system: its conjugate half is not missing."""
     decay = module.log_decay.exp() + 1e-4
@@ -219,7 +219,10 @@ def test_bidirectional_modules_refuse_states(module, argument):
         (lambda: seqops.nn.S4D(4, init="hippo"), "S4D: init: expected 'legs', 'lin' or 'inv', got 'hippo'"),
         (lambda: seqops.nn.S4D(4, step_min=0.0), r"S4D: step_min: expected 0 < step_min <= step_max = 0.1, got 0.0"),
         (lambda: seqops.nn.S4(4, state_size=3), "S4: state_size: expected an even number, got 3"),
-        (lambda: seqops.nn.S5(4, 12, blocks=4), r"S5: state_size: expected a multiple of 2 \* blocks = 8, got 12"),
+        (
+            lambda: seqops.nn.S5(4, 12, num_blocks=4),
+            r"S5: state_size: expected a multiple of 2 \* num_blocks = 8, got 12",
+        ),
         (lambda: seqops.nn.ConvS5(32, kernel_size=4), "ConvS5: kernel_size: expected an odd number, got 4"),
         (lambda: seqops.nn.ConvS5(30), "ConvS5: dim: expected a multiple of norm_groups = 32, got 30"),
         (lambda: seqops.nn.LSSL(0), "LSSL: dim: expected a whole number of at least 1, got 0"),

@@ -108,7 +108,7 @@ class LMUFormer(Streaming):
         channels: channels D of x.
         dim: channels of the blocks and of y.
         state_size, theta: of the LMUs.
-        blocks: how many.
+        num_blocks: how many.
         ratio: hidden channels of the perceptron, as a multiple of dim.
         device, dtype: of the parameters.
 
@@ -133,14 +133,14 @@ class LMUFormer(Streaming):
         dim: int = 256,
         state_size: int = 256,
         theta: float = 128.0,
-        blocks: int = 1,
+        num_blocks: int = 1,
         ratio: int = 4,
         *,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, channels=channels, dim=dim, state_size=state_size, blocks=blocks, ratio=ratio)
+        check_positive(self, channels=channels, dim=dim, state_size=state_size, num_blocks=num_blocks, ratio=ratio)
         expect(theta > 0, self, "theta", "a number above 0", theta)
         self.channels, self.dim = channels, dim
         made = {"device": device, "dtype": dtype}
@@ -150,10 +150,10 @@ class LMUFormer(Streaming):
             return torch.nn.ModuleDict({"map": convolution, "norm": torch.nn.BatchNorm1d(outputs, **made)})
 
         self.stem = torch.nn.ModuleList(mapped(inputs, dim, 3) for inputs in (channels, dim))
-        self.memories = torch.nn.ModuleList(LMU(dim, dim, state_size, theta, **made) for _ in range(blocks))
-        self.mixes = torch.nn.ModuleList(mapped(dim, dim) for _ in range(blocks))
-        self.widen = torch.nn.ModuleList(mapped(dim, ratio * dim) for _ in range(blocks))
-        self.narrow = torch.nn.ModuleList(mapped(ratio * dim, dim) for _ in range(blocks))
+        self.memories = torch.nn.ModuleList(LMU(dim, dim, state_size, theta, **made) for _ in range(num_blocks))
+        self.mixes = torch.nn.ModuleList(mapped(dim, dim) for _ in range(num_blocks))
+        self.widen = torch.nn.ModuleList(mapped(dim, ratio * dim) for _ in range(num_blocks))
+        self.narrow = torch.nn.ModuleList(mapped(ratio * dim, dim) for _ in range(num_blocks))
 
     def extra_repr(self) -> str:
         return f"{self.channels}, dim={self.dim}"

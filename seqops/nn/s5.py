@@ -30,7 +30,7 @@ class S5(Streaming):
     Args:
         dim: channels D.
         state_size: P, real states: P/2 complex ones are kept, the others are their conjugates.
-        blocks: λ starts as that many copies of the LegS spectrum of P/blocks states, which must be even.
+        num_blocks: λ starts as that many copies of the LegS spectrum of P/num_blocks states, which must be even.
         bidirectional: a second scan runs backwards and C reads both; the module then returns y alone.
         step_min, step_max: Δ starts log-uniform between them, one of a state.
         device, dtype: of the parameters.
@@ -44,7 +44,7 @@ class S5(Streaming):
     Cost: O(T D P) products and a scan of [B, T, P/2] complex states, which are kept for the backward.
 
     Raises:
-        ValueError: for sizes below 1, states that blocks do not divide evenly, or x of another shape.
+        ValueError: for sizes below 1, states that num_blocks does not divide into even parts, or x of another shape.
 
     Smith et al., "Simplified state space layers for sequence modeling", 2023.
     """
@@ -55,7 +55,7 @@ class S5(Streaming):
         self,
         dim: int,
         state_size: int = 256,
-        blocks: int = 1,
+        num_blocks: int = 1,
         bidirectional: bool = False,
         step_min: float = 1e-3,
         step_max: float = 0.1,
@@ -64,12 +64,12 @@ class S5(Streaming):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, dim=dim, state_size=state_size, blocks=blocks)
-        check_multiple(self, "state_size", state_size, "2 * blocks", 2 * blocks)
+        check_positive(self, dim=dim, state_size=state_size, num_blocks=num_blocks)
+        check_multiple(self, "state_size", state_size, "2 * num_blocks", 2 * num_blocks)
         expect(0 < step_min <= step_max, self, "step_min", f"0 < step_min <= step_max = {step_max}", step_min)
         self.dim, self.state_size, self.bidirectional = dim, state_size, bidirectional
         made = {"device": device, "dtype": dtype or torch.get_default_dtype()}
-        eigenvalues, V = block_legs(state_size, blocks)
+        eigenvalues, V = block_legs(state_size, num_blocks)
         columns = 1 + bidirectional
         b = V.mH @ (torch.randn(state_size, dim, dtype=torch.float64) / math.sqrt(dim) + 0j)
         weights = torch.randn(columns, dim, state_size, dtype=torch.float64) / math.sqrt(state_size)

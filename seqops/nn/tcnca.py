@@ -22,13 +22,13 @@ class DilatedConvolutions(Streaming):
 
     undecayed = ("bias",)
 
-    def __init__(self, dim: int, width: int, factor: int, layers: int, made: dict[str, Any]) -> None:
+    def __init__(self, dim: int, width: int, factor: int, num_layers: int, made: dict[str, Any]) -> None:
         super().__init__()
-        check_positive(self, dim=dim, width=width, factor=factor, layers=layers)
+        check_positive(self, dim=dim, width=width, factor=factor, num_layers=num_layers)
         self.dim, self.factor = dim, factor
         bound = width**-0.5
-        self.weight = torch.nn.Parameter(torch.empty(layers, dim, width, **made).uniform_(-bound, bound))
-        self.bias = torch.nn.Parameter(torch.empty(layers, dim, **made).uniform_(-bound, bound))
+        self.weight = torch.nn.Parameter(torch.empty(num_layers, dim, width, **made).uniform_(-bound, bound))
+        self.bias = torch.nn.Parameter(torch.empty(num_layers, dim, **made).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, state: tuple[Tensor, ...] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         check_sequence(self, x, self.dim)
@@ -45,7 +45,7 @@ class DilatedConvolutions(Streaming):
 class TCNCA(GatedChunkAttention):
     """A temporal convolutional network with chunked attention: MegaAttention on dilated convolutions of x.
 
-        m <- x, then m <- m + SiLU(conv_i(m)) for i < layers, dilated by factorⁱ
+        m <- x, then m <- m + SiLU(conv_i(m)) for i < num_layers, dilated by factorⁱ
         u = σ(W_u m)    z = SiLU(W_z m)    r = SiLU(W_r m)    h = W_h m    v = SiLU(W_v x)
         q = gamma_1 z + beta_1    k = gamma_2 z + beta_2    o_t = Σ_i p(<q_t, k_i> / √Z + bias_{i-t}) v_i
         y = x + u ⊙ (SiLU(h + W_o (r ⊙ o)) - x)
@@ -58,17 +58,17 @@ class TCNCA(GatedChunkAttention):
         chunk_size: C, positions of a chunk.
         key_dim: Z, channels of z, q and k.
         value_dim: V, channels of v and r, a multiple of key_dim. Default: the first of them that is at least 2 D.
-        width, factor, layers: taps of a convolution, by how much dilations grow, how many convolutions.
+        width, factor, num_layers: taps of a convolution, by how much dilations grow, how many convolutions.
         activation: p: "softmax", "laplace" or "relu2", as MegaAttention has them.
         device, dtype: of the parameters.
 
     x [B, T, D] -> y [B, T, D] and the state, a tuple of the convolutions' (the field's steps, all in all) and of the
     open chunk's k [B, S, Z] and v [B, S, V] with S = T mod C of all that was read: up to C - 1 positions.
 
-    No code was released: width, factor and layers (a field of 1365 steps), convolutions of single channels, SiLU and
+    No code was released: width, factor and num_layers (a field of 1365 steps), convolutions of single channels, SiLU and
     their uniform start within ±width^-½ are ours. The rest starts as MegaAttention.
 
-    Cost: O(T C) attention and O(T width layers) convolutions; a step O(C). Memory: activations.
+    Cost: O(T C) attention and O(T width num_layers) convolutions; a step O(C). Memory: activations.
 
     Raises:
         ValueError: for sizes below 1, a value_dim that is no multiple of key_dim, or x of another shape.
@@ -84,7 +84,7 @@ class TCNCA(GatedChunkAttention):
         value_dim: int | None = None,
         width: int = 5,
         factor: int = 4,
-        layers: int = 5,
+        num_layers: int = 5,
         activation: str = "softmax",
         *,
         device: Any = None,
@@ -92,6 +92,6 @@ class TCNCA(GatedChunkAttention):
     ) -> None:
         made = {"device": device, "dtype": dtype}
         check_positive(self, dim=dim, key_dim=key_dim)
-        average = DilatedConvolutions(dim, width, factor, layers, made)
+        average = DilatedConvolutions(dim, width, factor, num_layers, made)
         value_dim = -(-2 * dim // key_dim) * key_dim if value_dim is None else value_dim
         super().__init__(dim, average, chunk_size, key_dim, value_dim, True, activation, made)
