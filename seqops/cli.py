@@ -67,14 +67,17 @@ def _contents(ctx: click.Context, width: int) -> list[str]:
 
 
 def _entries(rows: list[tuple[str, str, str]], width: int) -> list[str]:
-    """Names and, in a column, what they are, cut to a line; below it, wrapped, what else there is to say."""
+    """Names and, in a column, what they are: a line, or with more to say below it all of it."""
     column = max(len(name) for name, _, _ in rows) + 4
     room = max(width - column, 30)
     lines = []
     for name, text, more in rows:
-        lines.append(f"  {name:<{column - 2}}{textwrap.shorten(text, room, placeholder=' …')}")
-        wrapped = textwrap.wrap(more, room, break_on_hyphens=False)
-        lines += [" " * column + click.style(line, dim=True) for line in wrapped]
+        shortened = textwrap.shorten(text, room, placeholder=" …", break_on_hyphens=False)
+        first, *others = textwrap.wrap(text, room, break_on_hyphens=False) if more else [shortened]
+        lines += [f"  {name:<{column - 2}}{first}", *(" " * column + line for line in others)]
+        lines += [
+            " " * column + click.style(line, dim=True) for line in textwrap.wrap(more, room, break_on_hyphens=False)
+        ]
     return lines
 
 
