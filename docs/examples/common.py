@@ -144,11 +144,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def footer(results: Results) -> str:
     """The line under a table: how long the script took, and on what."""
-    machine = results["machine"]
+    machine, took, used = results["machine"], results["seconds"], results["processor_seconds"]
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    beside = ", while other programs ran on the same cores" if took > 1.25 * used else ""
     return (
-        f"The whole script took {results['seconds']:.0f} s ({results['processor_seconds']:.0f} s of processor time) "
-        f"with {threads} on {machine['processor']}, torch {machine['torch']}."
+        f"The whole script took {used:.0f} s of processor time with {threads} on {machine['processor']}, torch "
+        f"{machine['torch']}; {took:.0f} s passed{beside}."
     )
 
 
