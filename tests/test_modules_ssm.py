@@ -221,7 +221,7 @@ def test_bidirectional_modules_refuse_states(module, argument):
         (lambda: seqops.nn.S4(4, state_size=3), "S4: state_size: expected an even number, got 3"),
         (
             lambda: seqops.nn.S5(4, 12, num_blocks=4),
-            r"S5: state_size: expected a multiple of 2 \* num_blocks = 8, got 12",
+            r"a multiple of 2 \* num_blocks = 8, got 12",
         ),
         (lambda: seqops.nn.ConvS5(32, kernel_size=4), "ConvS5: kernel_size: expected an odd number, got 4"),
         (lambda: seqops.nn.ConvS5(30), "ConvS5: dim: expected a multiple of norm_groups = 32, got 30"),

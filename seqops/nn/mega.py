@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..attention import chunked_attention
 from .mega_ema import MegaEMA
-from .parts import append, check_multiple, check_positive, check_sequence, expect, split_heads
+from .parts import append, check_multiple, check_positive, check_sequence, expect, split_heads, wide
 from .streaming import State, Streaming
 
 
@@ -83,7 +83,7 @@ class GatedChunkAttention(Streaming):
             seen = place % self.chunk_size + 1
             if not self.causal:
                 seen = (k.shape[1] - place + seen - 1).clamp(max=self.chunk_size)
-            q = q / seen[:, None].to(q.dtype)
+            q = (wide(q) / seen[:, None]).to(q.dtype)
         q = functional.pad(q, (0, 0, open_, 0))
         heads = self.value_dim // self.key_dim
         q, k = (t[:, :, None].expand(-1, -1, heads, -1) for t in (q, k))

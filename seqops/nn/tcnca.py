@@ -65,8 +65,8 @@ class TCNCA(GatedChunkAttention):
     x [B, T, D] -> y [B, T, D] and the state, a tuple of the convolutions' (the field's steps, all in all) and of the
     open chunk's k [B, S, Z] and v [B, S, V] with S = T mod C of all that was read: up to C - 1 positions.
 
-    No code was released: width, factor and num_layers (a field of 1365 steps), convolutions of single channels, SiLU and
-    their uniform start within ±width^-½ are ours. The rest starts as MegaAttention.
+    No code was released: width, factor and num_layers (a field of 1365 steps), convolutions of single channels, SiLU
+    and their uniform start within ±width^-½ are ours. The rest starts as MegaAttention.
 
     Cost: O(T C) attention and O(T width num_layers) convolutions; a step O(C). Memory: activations.
 
