@@ -25,7 +25,7 @@ class S4(Streaming):
         out = (W GELU(y) + b)_1 ⊙ σ((W GELU(y) + b)_2)
 
     Training computes y as one convolution. Its kernel comes from the generating function at the roots of unity, four
-    Cauchy sums; a state adds its response, and a step uses Ā.
+    Cauchy sums; a state adds its response.
 
     Args:
         dim: channels D.
@@ -41,7 +41,8 @@ class S4(Streaming):
     the state follow from the same numbers. Weight decay leaves λ, P and Δ alone.
 
     Cost: O(T N) for the Cauchy sums, O(T log T) for the convolution, and O(N³ log T) a channel for powers of Ā, which
-    C (I - Ā^T) and the state need; a step O(D N²) after O(D N³) for Ā. Memory: kernels [D, T], Ā [D, N, N].
+    C (I - Ā^T) and the state need; a step O(D N), as Ā is of rank 1 beside a diagonal. Memory: kernels [D, T], Ā
+    [D, N, N].
 
     Raises:
         ValueError: for sizes below 1, an odd state_size, or x of another shape.
@@ -93,25 +94,16 @@ class S4(Streaming):
         A = turning - 2 * p[..., :, None] * p[..., None, :]
         return *bilinear(A, b, torch.exp(wide(self.log_step))), c * sign
 
+    def modes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """λ, P and B [D, N/2], complex, and Δ [D, 1]."""
+        eigenvalues = torch.complex(-torch.exp(wide(self.log_decay)), wide(self.frequency))
+        return eigenvalues, complex_of(self.p), complex_of(self.b), torch.exp(wide(self.log_step))[:, None]
+
     def kernel(self, A: Tensor, c: Tensor, T: int) -> Tensor:
-        """[D, T]: the inverse transform of C (I - Ā^T) (I - ωĀ)⁻¹ B̄ at the T-th roots ω of unity."""
-        if T == 0:
-            return c.new_zeros(self.dim, 0)
+        """[D, T] of C [D, N], in real and imaginary parts: C Āᵗ B̄."""
         ends = c - (torch.linalg.matrix_power(A, T).mT @ c[..., None])[..., 0]
         real, imaginary = ends.unflatten(-1, (2, -1)).unbind(-2)
-        c = torch.complex(real, -imaginary) / 2
-        step = torch.exp(wide(self.log_step))[:, None]
-        p, b = complex_of(self.p), complex_of(self.b)
-        weights = torch.cat([c * b, c * p, p.conj() * b, p.conj() * p]) * step.repeat(4, 1)
-        poles = step * torch.complex(-torch.exp(wide(self.log_decay)), wide(self.frequency))
-        # 2 (1 - ω) / (1 + ω) = 2i tan(θ/2) at ω = e^{-iθ}. Its pole, ω = -1, is left to its limit below.
-        half = math.pi / T * torch.arange((T + 1) // 2, device=c.device, dtype=torch.float64)
-        nodes = torch.complex(torch.zeros_like(half), 2 * half.tan()).to(c.dtype)
-        k00, k01, k10, k11 = cauchy_kernel(weights, nodes, poles.repeat(4, 1)).chunk(4)
-        values = (1 + nodes / 2) * (k00 - k01 * k10 / (1 + k11))
-        if T % 2 == 0:
-            values = torch.cat([values, weights[: self.dim].sum(-1, keepdim=True).real + 0j], -1)
-        return torch.fft.irfft(values, T)
+        return generated(*self.modes(), torch.complex(real, -imaginary) / 2, T)
 
     def output(self, y: Tensor, x: Tensor) -> Tensor:
         return functional.glu(self.mix(functional.gelu(y).to(x.dtype)), -1)
@@ -133,7 +125,38 @@ class S4(Streaming):
         """x [B, D] and the state before it -> y [B, D] and the state after it, by the recurrence."""
         expect(not self.bidirectional, self, "step", "a causal module", "bidirectional=True")
         check_sequence(self, x[:, None], self.dim)
-        with torch.autocast(x.device.type, enabled=False):
-            A, b, c = self.system()
-            y, after = dense.advance(wide(x), A, b, c[0], wide(self.skip), None if state is None else state[0])
-        return self.output(y, x), (after,)
+        u, c = wide(x)[..., None], complex_of(self.c[0])
+        eigenvalues, p, b, step = self.modes()
+        h = torch.zeros_like(eigenvalues) if state is None else torch.complex(*state[0].chunk(2, -1))
+        h = solved(h, u, eigenvalues, p, b, step)
+        y = doubled(c * h)[..., 0] + wide(self.skip) * u[..., 0]
+        return self.output(y, x), (torch.cat([h.real, h.imag], -1),)
+
+
+def generated(eigenvalues: Tensor, p: Tensor, b: Tensor, step: Tensor, c: Tensor, T: int) -> Tensor:
+    """[D, T]: the inverse transform of c (I - ωĀ)⁻¹ B̄ at the T-th roots ω of unity, where c is C (I - Ā^T)."""
+    if T == 0:
+        return step.new_zeros(step.shape[0], 0)
+    weights = torch.cat([c * b, c * p, p.conj() * b, p.conj() * p]) * step.repeat(4, 1)
+    # 2 (1 - ω) / (1 + ω) = 2i tan(θ/2) at ω = e^{-iθ}. Its pole, ω = -1, is left to its limit below.
+    half = math.pi / T * torch.arange((T + 1) // 2, device=c.device, dtype=torch.float64)
+    nodes = torch.complex(torch.zeros_like(half), 2 * half.tan()).to(c.dtype)
+    k00, k01, k10, k11 = cauchy_kernel(weights, nodes, (step * eigenvalues).repeat(4, 1)).chunk(4)
+    values = (1 + nodes / 2) * (k00 - k01 * k10 / (1 + k11))
+    if T % 2 == 0:
+        values = torch.cat([values, weights[: step.shape[0]].sum(-1, keepdim=True).real + 0j], -1)
+    return torch.fft.irfft(values, T)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """The sum over pairs, each with its conjugate: real."""
+    return 2 * x.real.sum(-1, keepdim=True)
+
+
+def solved(h: Tensor, u: Tensor, eigenvalues: Tensor, p: Tensor, b: Tensor, step: Tensor) -> Tensor:
+    """h' of (I - ΔA/2) h' = (I + ΔA/2) h + Δ b u with A = diag(λ) - p p*, without a matrix: p* h' is found first."""
+    half = step / 2
+    right = (1 + half * eigenvalues) * h - half * p * doubled(p.conj() * h) + step * b * u
+    inverse = 1 / (1 - half * eigenvalues)
+    read = doubled(p.conj() * inverse * right) / (1 + half * doubled(p.conj() * inverse * p))
+    return inverse * (right - half * p * read)
