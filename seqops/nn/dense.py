@@ -65,13 +65,6 @@ def convolve(
     return y + later, last + moved(torch.linalg.matrix_power(A, T), state)
 
 
-def advance(u: Tensor, A: Tensor, b: Tensor, c: Tensor, skip: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One step of the recurrence: u [B, H] -> y [B, H] and the state."""
-    inflow = b * u[..., None]
-    state = inflow if state is None else moved(A, state) + inflow
-    return (c * state).sum(-1) + skip * u, state
-
-
 def moved(A: Tensor, state: Tensor) -> Tensor:
     """A h of each channel."""
     return (A @ state[..., None])[..., 0]
