@@ -24,7 +24,7 @@ HEADS = 2
 KEYS = 96
 VALUES = 32
 BATCH = 32
-STEPS = 400
+STEPS = 500
 LEARNT = (4, 8, 16, 32)  # pairs in a training sequence
 TESTED = (2, 4, 8, 16, 24, 32, 48, 64)
 TESTS = 64  # sequences for each number of pairs
@@ -80,7 +80,7 @@ MIXERS: dict[str, Callable[[], torch.nn.Module]] = {
     "LaCT": lambda: seqops.nn.LaCT(DIM, HEADS, 16, HEADS, momentum=False),
     "NeuralMemory, linear": lambda: seqops.nn.NeuralMemory(DIM, HEADS, 8, rate=4.0, momentum=False, kernel=1),
     "NeuralMemory, MLP": lambda: seqops.nn.NeuralMemory(DIM, HEADS, 8, 64, rate=4.0, momentum=False, kernel=1),
-    "TitansMAG": lambda: seqops.nn.TitansMAG(DIM, HEADS, 8, 8, 0, HEADS, rate=4.0, momentum=False),
+    "TitansMAG": lambda: seqops.nn.TitansMAG(DIM, HEADS, 8, 8, 0, HEADS, rate=4.0, momentum=False, kernel=1),
 }
 
 

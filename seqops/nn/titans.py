@@ -86,6 +86,7 @@ class WindowAndMemory(Streaming):
         *,
         rate: float = 1.0,
         momentum: bool = True,
+        kernel: int = 4,
         base: float = 10000.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -96,7 +97,8 @@ class WindowAndMemory(Streaming):
         self.dim, self.span = dim, window
         options = {"device": device, "dtype": dtype}
         self.attention = PersistentAttention(dim, num_heads, persistent, base, **options)
-        self.memory = NeuralMemory(dim, num_memory_heads, chunk_size, hidden, rate=rate, momentum=momentum, **options)
+        rule = {"rate": rate, "momentum": momentum, "kernel": kernel}
+        self.memory = NeuralMemory(dim, num_memory_heads, chunk_size, hidden, **rule, **options)
         self.scale = nn.Parameter(torch.ones(2, dim, **options)) if self.gated else None
         self.out = nn.Linear(dim, dim, bias=False, **options)
 
@@ -118,7 +120,7 @@ class TitansMAG(WindowAndMemory):
         window: tokens that attention sees, its own included.
         chunk_size, hidden, num_memory_heads: of the memory, `seqops.nn.NeuralMemory`.
         persistent: tokens that are parameters and seen by all.
-        rate, momentum: of the memory.
+        rate, momentum, kernel: of the memory.
         base: of the rotary positions.
         device, dtype: of the parameters.
 
@@ -157,7 +159,7 @@ class TitansMAL(WindowAndMemory):
         window: tokens that attention sees, its own included.
         chunk_size, hidden, num_memory_heads: of the memory, `seqops.nn.NeuralMemory`.
         persistent: tokens that are parameters and seen by all.
-        rate, momentum: of the memory.
+        rate, momentum, kernel: of the memory.
         base: of the rotary positions.
         device, dtype: of the parameters.
 
