@@ -70,9 +70,9 @@ def figure(title: str, drawing: Iterable[str], height: float, legend: Iterable[t
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", style: str = "") -> str:
-    place = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    style = f' class="{style}"' if style else ""
-    return f'<text x="{number(x)}" y="{number(y)}"{place}{style}>{escape(words)}</text>'
+    classes = " ".join(filter(None, (style, "" if anchor == "start" else anchor)))
+    classes = f' class="{classes}"' if classes else ""
+    return f'<text x="{number(x)}" y="{number(y)}"{classes}>{escape(words)}</text>'
 
 
 def line(points: Sequence[tuple[float, float]], style: str) -> str:
@@ -96,14 +96,14 @@ def frame(
     x_ticks: Sequence[float] | None = None,
 ) -> Iterable[str]:
     """Grid, ticks and the names of the axes."""
-    for value in ticks(x.low, x.high) if x_ticks is None else x_ticks:
-        at = x(value)
-        yield line([(at, y.start), (at, y.end)], "grid")
-        yield text(at, y.start + 14, formats[0](value), "middle")
-    for value in ticks(y.low, y.high):
-        at = y(value)
-        yield line([(x.start, at), (x.end, at)], "grid")
-        yield text(x.start - 5, at + 4, formats[1](value), "end")
+    across, up = ticks(x.low, x.high) if x_ticks is None else x_ticks, ticks(y.low, y.high)
+    path = "".join(f"M{number(x(value))} {number(y.start)}V{number(y.end)}" for value in across)
+    path += "".join(f"M{number(x.start)} {number(y(value))}H{number(x.end)}" for value in up)
+    yield f'<path d="{path}" class="grid"/>'
+    for value in across:
+        yield text(x(value), y.start + 14, formats[0](value), "middle")
+    for value in up:
+        yield text(x.start - 5, y(value) + 4, formats[1](value), "end")
     yield text((x.start + x.end) / 2, y.start + 30, labels[0], "middle", "quiet")
     yield text(x.start + 4, y.end + 10, labels[1], "start", "quiet")
 

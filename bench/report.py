@@ -39,7 +39,7 @@ figure { margin: 0; background: var(--panel); border-radius: 8px; padding: .5em;
 figcaption { font-size: 13px; } figcaption span { margin-left: .9em; white-space: nowrap; color: var(--quiet); }
 .key { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .3em; }
 svg { width: 100%; height: auto; display: block; } svg text { font-size: 11.5px; fill: var(--text); }
-svg text.quiet { fill: var(--quiet); }
+svg text.quiet { fill: var(--quiet); } .middle { text-anchor: middle; } .end { text-anchor: end; }
 .grid { stroke: var(--rule); stroke-width: .7; } .one { stroke: var(--quiet); }
 .roof { stroke: var(--quiet); stroke-width: 1.6; fill: none; }
 .goal { stroke: var(--text); stroke-width: 2; } .spread { stroke: var(--text); stroke-width: 1; }
@@ -83,17 +83,23 @@ SHORT_MODES = {mode: title.replace("forward + backward", "training step") for mo
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table: its HTML, and a number that it is sorted by. Without one it is text, sorted as such."""
+    """One cell of a table: its HTML, and a number that it is sorted by. Without one it is text, sorted as such.
+
+    Attributes:
+        note: what the pointer shows.
+    """
 
     text: str
     key: float | None = None
     number: bool = True
+    note: str = ""
 
     @property
     def html(self) -> str:
-        if not self.number:
-            return f"<td>{self.text}</td>"
-        return f'<td class="n" data-v="{"" if self.key is None else f"{self.key:.6g}"}">{self.text}</td>'
+        if not self.number or self.key is None:
+            return f"<td>{self.text}"
+        note = f' title="{html.escape(self.note)}"' if self.note else ""
+        return f"<td class=n data-v={self.key:.4g}{note}>{self.text}"
 
 
 def words(text: str) -> Cell:
@@ -104,18 +110,23 @@ EMPTY = Cell("")
 
 
 def make_table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[Cell]]]) -> str:
-    """Rows are (operator, or "" where the filter leaves them, cells)."""
+    """Rows are (operator, or "" where the filter leaves them, cells). Columns without an entry are left out.
+
+    HTML closes cells and rows by itself, and numbers need no quotes: a third of the page.
+    """
     rows = list(rows)
+    used = [i for i in range(len(head)) if any(cells[i].text for _, cells in rows)]
+    head, rows = [head[i] for i in used], [(op, [cells[i] for i in used]) for op, cells in rows]
     numbers = [any(cells[i].number and cells[i].key is not None for _, cells in rows) for i in range(len(head))]
     titles = "".join(
-        f"<th{' class=n' if is_number else ''}>{html.escape(title)}</th>"
+        f"<th{' class=n' if is_number else ''}>{html.escape(title)}"
         for title, is_number in zip(head, numbers, strict=True)
     )
     body = ""
     for op, cells in rows:
         body += f'<tr data-op="{html.escape(op)}">' if op else "<tr>"
-        body += "".join(cell.html for cell in cells) + "</tr>"
-    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+        body += "".join(cell.html for cell in cells)
+    return f'<div class="wide"><table><thead><tr>{titles}</thead><tbody>{body}</tbody></table></div>'
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,7 @@ def merge(records: Sequence[Record]) -> list[Measured]:
 
 def describe_seconds(seconds: dict[str, float]) -> Cell:
     spread = f"{format_seconds(seconds['p20'])} to {format_seconds(seconds['p80'])}, {seconds['rounds']} rounds"
-    return Cell(f'<span title="{spread}">{format_seconds(seconds["median"])}</span>', seconds["median"])
+    return Cell(format_seconds(seconds["median"]), seconds["median"], note=spread)
 
 
 def describe_ours(result: Result) -> Cell:
@@ -161,15 +172,14 @@ def describe_ours(result: Result) -> Cell:
     cell = describe_seconds(result.seconds[harness.OURS])
     parts = [f"{format_step(result)} a step"] if result.steps is not None else []
     parts += [f"goal {format_seconds(result.time_goal)}"] if result.time_goal is not None else []
-    return Cell(cell.text + (f"<br><small>{'; '.join(parts)}</small>" if parts else ""), cell.key)
+    return Cell(cell.text + (f"<br><small>{'; '.join(parts)}</small>" if parts else ""), cell.key, note=cell.note)
 
 
 def describe_check(result: Result) -> Cell:
     check = result.check
     if not check:
         return EMPTY
-    note = html.escape(f"{check['name']}; at most {check['bound']:.1e}")
-    return Cell(f'<span title="{note}">{check["error"]:.1e}</span>', check["error"])
+    return Cell(f"{check['error']:.1e}", check["error"], note=f"{check['name']}; at most {check['bound']:.1e}")
 
 
 def share(fractions: dict[str, float], peer: str | None) -> Cell:
@@ -208,7 +218,7 @@ def result_cells(result: Result, peer: str | None) -> list[Cell]:
     return [
         *start,
         describe_seconds(seconds[peer]),
-        Cell(f'<b class="{style}">{format_ratio(ratio["median"])}</b>', ratio["median"]),
+        Cell(f"<b{f' class={style}' if style else ''}>{format_ratio(ratio['median'])}</b>", ratio["median"]),
         Cell(f"{ratio['p20']:.2f} to {ratio['p80']:.2f}", ratio["p20"]),
         EMPTY if goal is None else Cell(f"{goal:.3g}x", goal),
         *shares,

@@ -555,7 +555,7 @@ class Page(html.parser.HTMLParser):
         self.seen.append(tag)
         names = ("src", "href", "xlink:href", "data", "action")
         self.fetched += [value for name, value in attributes if name in names and not value.startswith("#")]
-        if tag not in ("meta", "br", "input"):
+        if tag not in ("meta", "br", "input", "tr", "td", "th"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -579,7 +579,7 @@ def test_html_page_needs_nothing_else(tmp_path: Path) -> None:
     # Ratios of two modes, rates, and memory.
     assert page.seen.count("svg") == 4 and page.seen.count("script") == 1
     # A time of 1 s at half of the matrix product; the filter and the sorting find what they need.
-    assert 'data-op="scale" id="scale"' in text and 'data-v="2"><b class="met">2.00x</b>' in text
+    assert 'data-op="scale" id="scale"' in text and "data-v=2><b class=met>2.00x</b>" in text
     assert "seqops, scale &lt;B4&gt;, training step: 25 GFLOP/s" in text
     assert "http" not in text and "@import" not in text and "url(" not in text.replace("url(#", "")
     assert "the peer is &lt;quick&gt;" in text and "1 of 2 goals met" in text and "y 1 &gt; 0" in text
@@ -814,6 +814,14 @@ def test_module_can_be_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> N
             assert y.shape[0] == modules.BATCH and y.isfinite().all()
         assert last.facts()["state"][OURS] > 0
     assert cases[0].facts()["parameters"][OURS] > 0
+
+
+def test_every_module_has_a_place_for_its_numbers() -> None:
+    """In one page of docs/nn, between markers."""
+    text = "".join(path.read_text() for path in sorted(modules.PAGES.glob("*.md")))
+    assert [name for name in modules.exported() if text.count(modules.begin(name)) != 1] == []
+    assert text.count("<!-- numbers: ") == text.count(modules.END)
+    tables.check_markdown(modules.PAGE)
 
 
 def test_attention_beside_modules_is_causal_and_steps() -> None:
