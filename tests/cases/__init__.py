@@ -4,7 +4,7 @@ A case says shapes, dtype, options, memory layout and marks; it makes its own in
 and the bound its errors must keep. Errors are relative root mean squares against the reference in float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from . import (
@@ -81,7 +81,27 @@ TABLES = (
 )
 ROOMS = {op: table for table in TABLES for op in table.OPERATORS}
 OPERATORS = tuple(ROOMS)
-CASES: dict[str, list[Case]] = {op: room.table(op) for op, room in ROOMS.items()}
+
+
+class Tables(Mapping[str, list[Case]]):
+    """The cases of every operator, made when they are first asked for: a process for one file needs few of them."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, list[Case]] = {}
+
+    def __getitem__(self, op: str) -> list[Case]:
+        if op not in self.made:
+            self.made[op] = ROOMS[op].table(op)
+        return self.made[op]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ROOMS)
+
+    def __len__(self) -> int:
+        return len(ROOMS)
+
+
+CASES = Tables()
 
 __all__ = [
     "CASES",
