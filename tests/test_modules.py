@@ -30,6 +30,8 @@ def distance(got: Tensor, expected: Tensor) -> float:
     assert got.shape == expected.shape
     if expected.numel() == 0:
         return 0.0
+    if expected.is_complex():
+        got, expected = torch.view_as_real(got), torch.view_as_real(expected)
     return float((got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30))
 
 
@@ -137,6 +139,29 @@ def test_state_keeps_no_sequence(case: Case):
         assert one.untyped_storage().nbytes() == one.numel() * one.itemsize
         assert case.grows or one.shape == other.shape
     assert all(not part.requires_grad for part in tensors(seqops.nn.detach(state)))
+
+
+def rows(state: Any, count: int) -> Any:
+    """A state of `count` rows: the first of it, again and again."""
+    if isinstance(state, Tensor):
+        return state[:1].expand(count, *state.shape[1:]).clone()
+    return None if state is None else tuple(rows(part, count) for part in state)
+
+
+@pytest.mark.parametrize("case", [case for case in FIRST if case.cuts], ids=str)
+def test_state_of_another_batch(case: Case):
+    """An error that says what was expected: a state of one row is not spread over the batch."""
+    module = case.build()
+    (x,) = case.inputs()
+    x = torch.cat([x, x])[:2]
+    _, state = module(x)
+    for count in (1, 3):
+        wrong = rows(state, count)
+        with pytest.raises(ValueError, match=r": expected .*, got "):
+            module(x, wrong)
+        if case.steps:
+            with pytest.raises(ValueError, match=r": expected .*, got "):
+                module.step(x[:, 0], wrong)
 
 
 @pytest.mark.parametrize("case", [case for case in FIRST if case.cuts and case.draw is None], ids=str)

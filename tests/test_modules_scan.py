@@ -148,8 +148,12 @@ def test_lru_names_a_bad_ring():
 
 
 def test_constants_are_not_decayed():
-    """Weight decay would move eigenvalues and bounds."""
-    for module, names in ((LRU(4), {"nu", "theta", "gamma"}), (HGRN(4, 3, 1), {"bounds"}), (RGLRU(4), {"decay"})):
+    """Weight decay would move eigenvalues, bounds, and biases of any shape."""
+    for module, names in (
+        (LRU(4), {"nu", "theta", "gamma"}),
+        (HGRN(4, 3, 1), {"bounds"}),
+        (RGLRU(4), {"decay", "bias"}),
+    ):
         plain = {id(parameter) for parameter in parameter_groups(module)[1]["params"]}
         assert all(id(getattr(module, name)) in plain for name in names)
 

@@ -296,3 +296,19 @@ def test_conv_s5_keeps_a_frame_in_place():
     near[2:7, 2:7] = True
     assert not changed[0].any()
     assert torch.equal(changed[1], near) and torch.equal(changed[2], near)
+
+
+def test_mega_ema_without_memory():
+    """Gates so open that q rounds to 0: a step keeps nothing of the past, and nothing is infinite."""
+    torch.manual_seed(0)
+    module = seqops.nn.MegaEMA(2, 3)
+    with torch.no_grad():
+        module.delta.fill_(20.0)
+        module.alpha.fill_(20.0)
+    x = torch.randn(1, 6, 2)
+    y, state = module(x)
+    weight = (module.beta * module.gamma)[0].sum(-1) / math.sqrt(3) + module.omega
+    torch.testing.assert_close(y, torch.nn.functional.silu(weight * x))
+    torch.testing.assert_close(module.step(x[:, 0], state)[0], y[:, 0])
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())

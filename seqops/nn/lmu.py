@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..conv import fft_conv
 from . import dense, ssm
-from .parts import append, check_positive, check_sequence, expect, keep_last, wide
+from .parts import append, check_positive, check_sequence, check_state, expect, keep_last, wide
 from .streaming import Streaming
 
 
@@ -78,6 +78,7 @@ class LMU(Streaming):
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         check_sequence(self, x, self.dim)
+        check_state(self, state, (x.shape[0], self.state_size))
         u, (A, b) = self.written(x), self.system()
         m = fft_conv(u, dense.applied(A, b, x.shape[1]).mT[None].to(u.dtype))[:, :, 0]
         start = u.new_zeros(x.shape[0], self.state_size)
@@ -89,6 +90,7 @@ class LMU(Streaming):
     def step(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         """x [B, D] and the state before it -> y [B, hidden] and the state after it, by the recurrence."""
         check_sequence(self, x[:, None], self.dim)
+        check_state(self, state, (x.shape[0], self.state_size))
         u, (A, b) = self.written(x), self.system()
         m = u.double() * b if state is None else state[0].double() @ A.mT + u.double() * b
         m = m.to(u.dtype)
@@ -160,6 +162,8 @@ class LMUFormer(Streaming):
 
     def forward(self, x: Tensor, state: tuple[Any, ...] | None = None) -> tuple[Tensor, tuple[Any, ...]]:
         check_sequence(self, x, self.channels)
+        if state is not None:
+            check_state(self, state[:2], *((x.shape[0], 2, width) for width in (self.channels, self.dim)))
         before = (None,) * (2 + len(self.memories)) if state is None else state
         after = []
         for part, cache in zip(self.stem, before[:2], strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import dense
-from .parts import check_positive, check_sequence, expect, log_uniform, wide
+from .parts import check_positive, check_sequence, check_state, expect, log_uniform, wide
 from .ssm import bilinear, legs
 from .streaming import Streaming
 
@@ -79,6 +79,7 @@ class LSSL(Streaming):
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         check_sequence(self, x, self.dim)
+        check_state(self, state, (x.shape[0], self.dim, self.state_size))
         with torch.autocast(x.device.type, enabled=False):
             A, b, c, skip = self.system()
             k = dense.outgoing(A, b, c, x.shape[1])
@@ -88,6 +89,7 @@ class LSSL(Streaming):
     def step(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         """x [B, D] and the state before it -> y [B, D] and the state after it, by the recurrence."""
         check_sequence(self, x[:, None], self.dim)
+        check_state(self, state, (x.shape[0], self.dim, self.state_size))
         u, A, half = wide(x), wide(self.a), torch.exp(wide(self.log_step))[:, None] / 2
         with torch.autocast(x.device.type, enabled=False):
             right = 2 * half * wide(self.b) * u[..., None]

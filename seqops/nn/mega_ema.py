@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..conv import fft_conv
 from . import diagonal
-from .parts import check_positive, check_sequence, expect, wide
+from .parts import check_positive, check_sequence, check_state, expect, wide
 from .streaming import Streaming
 
 
@@ -29,8 +29,7 @@ class MegaEMA(Streaming):
         bidirectional: averages of their own run backwards; the module then returns y alone.
         device, dtype: of the parameters.
 
-    x [B, T, D] -> y [B, T, D] and the state, a tuple of h / (p beta) [B, D, N], float32
-    at least.
+    x [B, T, D] -> y [B, T, D] and the state, a tuple of h / (p beta) [B, D, N], float32 at least.
 
     delta and alpha start N(0, 0.2), beta alternates ±1 plus N(0, 0.02), gamma and omega N(0, 1), as published; weight
     decay leaves delta and alpha alone.
@@ -71,12 +70,15 @@ class MegaEMA(Streaming):
     def modes(self) -> tuple[Tensor, Tensor]:
         """z = log q and the weights of the kernels, both [1 or 2, D, N]."""
         p = torch.sigmoid(wide(self.delta))
-        z = torch.log1p(-p * torch.sigmoid(wide(self.alpha)))
+        # Sigmoids that round to 1 would make z infinite, and 0 z no number.
+        gone = (p * torch.sigmoid(wide(self.alpha))).clamp(max=1 - torch.finfo(p.dtype).eps)
+        z = torch.log1p(-gone)
         return z, wide(self.gamma) * p * wide(self.beta) / math.sqrt(self.state_size)
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> Any:
         check_sequence(self, x, self.dim)
         expect(state is None or not self.bidirectional, self, "state", "None where bidirectional", type(state).__name__)
+        check_state(self, state, (x.shape[0], self.dim, self.state_size))
         (z, c), u, omega = self.modes(), wide(x), wide(self.omega)
         u = u.to(z.dtype)
         if self.bidirectional:
@@ -90,6 +92,7 @@ class MegaEMA(Streaming):
         """x [B, D] and the state before it -> y [B, D] and the state after it, by the recurrence."""
         expect(not self.bidirectional, self, "step", "a causal module", "bidirectional=True")
         check_sequence(self, x[:, None], self.dim)
+        check_state(self, state, (x.shape[0], self.dim, self.state_size))
         z, c = self.modes()
         before = None if state is None else state[0]
         y, after = diagonal.advance(wide(x).to(z.dtype), z[0], c[0], wide(self.omega), before)

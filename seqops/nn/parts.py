@@ -37,6 +37,13 @@ def check_sequence(owner: object, x: Tensor, width: int, name: str = "x", letter
     expect(x.is_floating_point(), owner, name, "a floating dtype", x.dtype)
 
 
+def check_state(owner: object, state: tuple[Tensor, ...] | None, *shapes: tuple[int, ...]) -> None:
+    """The tensors of a state must have these shapes: a state of one row would spread over a batch without a word."""
+    if state is not None:
+        wanted, got = [[*shape] for shape in shapes], [[*part.shape] for part in state]
+        expect(got == wanted, owner, "state", f"shapes {wanted}", got)
+
+
 # ---- values
 
 
@@ -70,6 +77,8 @@ def rotary(x: Tensor, start: int | Tensor = 0, base: float = 10000.0) -> Tensor:
     Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
     """
     T, half = x.shape[1], x.shape[-1] // 2
+    if isinstance(start, Tensor) and start.ndim > 0 and start.shape != x.shape[:1]:
+        raise ValueError(f"rotary: start: expected [B] = [{len(x)}] or [], got shape {[*start.shape]}")
     time = torch.arange(T, device=x.device, dtype=torch.float64)
     time = start.to(torch.float64).reshape(-1, 1) + time if isinstance(start, Tensor) else (start + time)[None]
     powers = torch.arange(half, device=x.device, dtype=torch.float64) / -half
@@ -86,7 +95,12 @@ def rotary(x: Tensor, start: int | Tensor = 0, base: float = 10000.0) -> Tensor:
 
 def append(cache: Tensor | None, new: Tensor) -> Tensor:
     """cache [B, S, ...] and new [B, T, ...] joined along time."""
-    return new if cache is None else torch.cat([cache.to(new.dtype), new], 1)
+    if cache is None:
+        return new
+    B, rest = new.shape[0], new.shape[2:]
+    if cache.ndim != new.ndim or cache.shape[0] != B or cache.shape[2:] != rest:
+        raise ValueError(f"state: expected a cache of shape {[B, 'S', *rest]}, got {[*cache.shape]}")
+    return torch.cat([cache.to(new.dtype), new], 1)
 
 
 def keep_last(x: Tensor, count: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..linear_attention import linear_attention
-from .parts import check_multiple, check_positive, check_sequence, rms_norm, rotary, split_heads
+from .parts import check_multiple, check_positive, check_sequence, check_state, rms_norm, rotary, split_heads
 from .streaming import State, Streaming
 
 
@@ -70,6 +70,8 @@ class RetNet(Streaming):
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """x [B, T, D], state or None -> y [B, T, D], state."""
         check_sequence(self, x, self.dim)
+        K, V = (size // self.num_heads for size in (self.dim, self.value.out_features))
+        check_state(self, state, (len(x), self.num_heads, K, V), (len(x),))
         past, start = (None, x.new_zeros(len(x), dtype=torch.int64)) if state is None else state
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.query, self.key, self.value))
         q, k = rotary(q, start, self.base), rotary(k, start, self.base)

@@ -10,7 +10,16 @@ from torch.nn import functional
 
 from ..conv import causal_conv1d
 from ..scan import linear_scan
-from .parts import check_multiple, check_positive, check_sequence, expect, inverse_softplus, split_heads, wide
+from .parts import (
+    check_multiple,
+    check_positive,
+    check_sequence,
+    check_state,
+    expect,
+    inverse_softplus,
+    split_heads,
+    wide,
+)
 from .streaming import Streaming
 
 STEEPEST = 1000.0
@@ -49,7 +58,7 @@ class RGLRU(Streaming):
     De et al., "Griffin: mixing gated linear recurrences with local attention for efficient language models", 2024.
     """
 
-    undecayed = ("decay",)
+    undecayed = ("decay", "bias")
 
     def __init__(self, dim: int, num_heads: int = 1, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -79,6 +88,7 @@ class RGLRU(Streaming):
         """x [B, T, D], the state of the steps before, starts [B, T] bool: first steps of documents -> y, state."""
         check_sequence(self, x, self.dim)
         B, T, D = x.shape
+        check_state(self, state, (B, D), (B,))
         if state is None:
             state = (wide(x).new_zeros(B, D), torch.zeros(B, dtype=torch.int64, device=x.device))
         h, count = state

@@ -13,7 +13,7 @@ from ..conv import fft_conv
 from ..ssm import cauchy_kernel
 from . import dense
 from .diagonal import anticausal
-from .parts import check_positive, check_sequence, complex_of, expect, log_uniform, wide
+from .parts import check_positive, check_sequence, check_state, complex_of, expect, log_uniform, wide
 from .ssm import bilinear, normal_legs
 from .streaming import Streaming
 
@@ -111,6 +111,7 @@ class S4(Streaming):
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> Any:
         check_sequence(self, x, self.dim)
         expect(state is None or not self.bidirectional, self, "state", "None where bidirectional", type(state).__name__)
+        check_state(self, state, (x.shape[0], self.dim, self.state_size))
         u, skip, T = wide(x), wide(self.skip), x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             A, b, c = self.system()
@@ -125,6 +126,7 @@ class S4(Streaming):
         """x [B, D] and the state before it -> y [B, D] and the state after it, by the recurrence."""
         expect(not self.bidirectional, self, "step", "a causal module", "bidirectional=True")
         check_sequence(self, x[:, None], self.dim)
+        check_state(self, state, (x.shape[0], self.dim, self.state_size))
         u, c = wide(x)[..., None], complex_of(self.c[0])
         eigenvalues, p, b, step = self.modes()
         h = torch.zeros_like(eigenvalues) if state is None else torch.complex(*state[0].chunk(2, -1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import diagonal
-from .parts import check_positive, check_sequence, complex_of, expect, log_uniform, wide
+from .parts import check_positive, check_sequence, check_state, complex_of, expect, log_uniform, wide
 from .ssm import diagonal_start, hold_diagonal
 from .streaming import Streaming
 
@@ -94,6 +94,7 @@ class S4D(Streaming):
             expect(state is None, self, "state", "None where bidirectional", type(state).__name__)
             y = diagonal.fft_conv(u, diagonal.kernel(z, c[0], x.shape[1]), skip)
             return self.output(y + diagonal.anticausal(u, diagonal.kernel(z, c[1], x.shape[1]), 1), x)
+        check_state(self, state, (x.shape[0], self.dim, self.state_size // 2, 2))
         before = diagonal.from_pairs(None if state is None else state[0], z)
         y, after = diagonal.convolve(u, z, c[0], skip, before)
         return self.output(y, x), (diagonal.as_pairs(after),)
@@ -102,6 +103,7 @@ class S4D(Streaming):
         """x [B, D] and the state before it -> y [B, D] and the state after it, by the recurrence."""
         expect(not self.bidirectional, self, "step", "a causal module", "bidirectional=True")
         check_sequence(self, x[:, None], self.dim)
+        check_state(self, state, (x.shape[0], self.dim, self.state_size // 2, 2))
         z, c = self.modes()
         before = diagonal.from_pairs(None if state is None else state[0], z)
         y, after = diagonal.advance(wide(x).to(z.real.dtype), z, c[0], wide(self.skip), before)

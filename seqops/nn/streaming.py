@@ -18,8 +18,8 @@ class Streaming(torch.nn.Module):
         y, state = module(x, state)           # the piece that follows
         y, state = module.step(x_t, state)    # one step, x_t [B, D]
 
-    Pieces joined by their state give what the whole gives, gradients included. A state is a tuple of tensors, and of
-    such tuples, each with the batch first; its size does not grow with the sequence, except in modules that attend to
+    Pieces joined by their state give what the whole gives, gradients included. A state is a tensor, or a tuple of
+    states, each tensor with the batch first; its size does not grow with the sequence, except in modules that attend to
     all that they have read, whose docstrings say so. A state holds no view of the piece that it ends.
     """
 
