@@ -89,6 +89,13 @@ def test_centroids_are_saved_and_not_trained():
         module.update_centroids()
 
 
+def test_routing_errors():
+    with pytest.raises(ValueError, match="RoutingAttention: num_local_heads: expected 1 to num_heads - 1 = 3, got 4"):
+        routing(num_local_heads=4)
+    with pytest.raises(ValueError, match=r"RoutingAttention: decay: expected a number from 0 to 1, got 2\.0"):
+        routing(decay=2.0)
+
+
 def test_routing_sees_nothing_of_the_future():
     module, x = routing().eval(), drawn(2, 17, 16)
     changed = x.clone()
@@ -167,6 +174,8 @@ def test_informer_learns_a_sine():
 
 
 def test_informer_errors():
+    with pytest.raises(ValueError, match="Informer: time_features: expected a whole number of at least 0, got -1"):
+        nn.Informer(3, 4, time_features=-1)
     model = nn.Informer(3, 4, dim=8, num_heads=2, known=6, time_features=2)
     with pytest.raises(ValueError, match=r"Informer: x: expected at least known = 6 steps, got shape \[2, 5, 3\]"):
         model(torch.randn(2, 5, 3), torch.randn(2, 5, 2), torch.randn(2, 4, 2))
@@ -241,6 +250,9 @@ def test_decoding_takes_the_likeliest_place(pointers):
         left = log_p[:, i].clone().scatter(1, once[:, :i], -torch.inf)
         assert torch.equal(left.argmax(1), once[:, i])
     assert pointers.decode(x, 0).shape == (3, 0)
+    assert pointers.decode(x, 9, again=True).shape == (3, 9)
+    with pytest.raises(ValueError, match="PointerNetwork: steps: expected at most T = 7 unless again, got 8"):
+        pointers.decode(x, 8)
 
 
 def test_pointers_learn_to_sort():
@@ -281,3 +293,5 @@ def test_delta_errors():
         nn.DeltaAttention(8, 2, mode="head")
     with pytest.raises(ValueError, match=r"DeltaAttention: threshold: expected a number >= 0, got -1\.0"):
         nn.DeltaAttention(8, 2, -1.0)
+    with pytest.raises(ValueError, match=r"DeltaAttention: window: expected a whole number >= 0, got 2\.5"):
+        nn.DeltaAttention(8, 2, window=2.5)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import seqops
-from seqops.nn import TTTMLP, LaCT, NeuralMemory, OmegaNet, TitansMAC, TTTLinear
+from seqops.nn import TTTMLP, Atlas, LaCT, NeuralMemory, OmegaNet, TitansMAC, TTTLinear
 from seqops.nn.ttt import gelu_slope, reconstruction_slope
 from tests.formulas import CASES, Case, output
 
@@ -85,6 +85,15 @@ def test_memory_recalls_what_it_has_read():
     assert float(error(state)) < 0.01 * float(error(layer.start(x)))
 
 
+@pytest.mark.parametrize("case", LEARNING, ids=str)
+def test_slopes_at_tokens_of_zeros(case: Case):
+    """What is scaled to length 1 has a slope of 1 / length: it is bounded where the length is 0."""
+    module, (x,) = case.build(), case.inputs()
+    x = torch.cat([torch.zeros_like(x), x], 1).requires_grad_()
+    output(module(x)).square().sum().backward()
+    assert float(x.grad.abs().max()) < 1e8
+
+
 def test_open_chunk_is_all_that_a_state_gains():
     layer = TTTLinear(8, 2, 4)
     for T, opened in ((4, 0), (5, 1), (7, 3), (8, 0)):
@@ -115,6 +124,7 @@ def test_slopes_are_derivatives():
         (lambda: LaCT(8, 2, optimizer="adam"), "LaCT: optimizer: expected 'muon' or 'gd', got 'adam'"),
         (lambda: TitansMAC(8, 2, 0), "TitansMAC: segment: expected a whole number of at least 1, got 0"),
         (lambda: TTTMLP(8, 2, expand=0), "TTTMLP: expand: expected a whole number of at least 1, got 0"),
+        (lambda: Atlas(8, chunk_size=-1), "Atlas: chunk_size: expected a whole number of at least 1, got -1"),
         (lambda: OmegaNet(8, degree=0), "OmegaNet: degree: expected a whole number of at least 1, got 0"),
     ],
 )
@@ -125,6 +135,6 @@ def test_sizes_that_do_not_fit(make: Any, message: str):
 
 
 def test_atlas_forgets_what_a_step_adds():
-    layer = seqops.nn.Atlas(8, 2, 4)
+    layer = Atlas(8, 2, 4)
     forgotten = torch.sigmoid(layer.gates.bias[2:4])
     assert math.isclose(float(forgotten[0]), 1 / 5, rel_tol=1e-5)

@@ -143,5 +143,6 @@ class Atlas(PolynomialMemory):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_positive(self, chunk_size=chunk_size)
         rule = {"window": chunk_size if window is None else window, "optimizer": "muon", "kernel": kernel}
         super().__init__(dim, num_heads, chunk_size, hidden, degree, 1 / (chunk_size + 1), device, dtype, **rule)

@@ -25,6 +25,8 @@ class BlockDiffusionAttention(torch.nn.Module):
         y, cache = module.extend(clean, cache)     # blocks that are done
         y = module.denoise(noisy, cache)           # the next one, as often as it takes
 
+    Fast-dLLM's cache inside a block, of parts that are denoised already, is approximate and left out.
+
     Args:
         dim: channels of x, a multiple of num_heads.
         num_heads: H, heads of D = dim / num_heads channels, D even.

@@ -61,8 +61,8 @@ class DeltaAttention(Streaming):
     ) -> None:
         super().__init__()
         expect(threshold >= 0, self, "threshold", "a number >= 0", threshold)
-        expect(window >= 0, self, "window", "a whole number >= 0", window)
-        expect(sink >= 0, self, "sink", "a whole number >= 0", sink)
+        for name, size in (("window", window), ("sink", sink)):
+            expect(isinstance(size, int) and size >= 0, self, name, "a whole number >= 0", size)
         expect(mode in MODES, self, "mode", f"one of {', '.join(MODES)}", repr(mode))
         self.dim, self.threshold, self.window, self.sink, self.mode = dim, threshold, window, sink, mode
         self.project = Projections(self, dim, num_heads, bias=False, device=device, dtype=dtype)
@@ -75,7 +75,7 @@ class DeltaAttention(Streaming):
             o, _ = delta_attention(q, k, v, self.threshold, **options)
             held = self.hold(k)
             return self.project.join(o), (held, v.clone(), k[:, : self.sink].clone(), keep_last(k, self.window))
-        held, v = append(state[0], self.hold(k, state[0])), append(state[1], v)
+        v, held = append(state[1], v), append(state[0], self.hold(k, state[0]))
         sinks, near = append(state[2], k)[:, : self.sink].clone(), append(state[3], k)
         # Keys as they are: the first and the last ones. Between, where no query looks for them, held ones.
         began = held.shape[1] - near.shape[1]

@@ -26,6 +26,9 @@ class Informer(torch.nn.Module):
     cosine of the position, plus a linear map of the time features (hour, day of week, ... of a step). Normalising the
     series is the caller's.
 
+    Left out of the published code: the decoder's `mix`, which joins its first attention's results across heads and
+    steps, dropout of attention weights, and the biases of queries and keys.
+
     Args:
         channels: C, numbers of a step.
         horizon: steps that are forecast.
@@ -36,7 +39,7 @@ class Informer(torch.nn.Module):
         num_decoder_layers: of the decoder.
         time_features: F, numbers that describe the time of a step; 0 for none.
         factor: of ProbSparseAttention.
-        dropout: after each sublayer and the embedding.
+        dropout: after the embedding and each sublayer, and inside MLPs.
         distil: False keeps the length between the encoder's layers.
         device, dtype: of the parameters.
 
@@ -79,6 +82,8 @@ class Informer(torch.nn.Module):
         super().__init__()
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         check_positive(self, channels=channels, horizon=horizon, known=known)
+        whole = isinstance(time_features, int) and time_features >= 0
+        expect(whole, self, "time_features", "a whole number of at least 0", repr(time_features))
         check_positive(self, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
         self.channels, self.horizon, self.known, self.time_features = channels, horizon, known, time_features
         self.past = Embedding(channels, time_features, dim, dropout, **options)

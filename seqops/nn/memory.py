@@ -26,11 +26,12 @@ from .parts import (
 from .streaming import State, Streaming
 
 FORGOTTEN = 0.001  # of a memory by a token, before training
+SHORT = 0.001  # length of a query, key or value that is not brought to 1
 
 
 def unit(x: Tensor, num_heads: int) -> Tensor:
-    """[B, T, H D] -> [B, T, H, D], of length 1."""
-    return normalize(wide(split_heads(x, num_heads)), dim=-1).to(x.dtype)
+    """[B, T, H D] -> [B, T, H, D], of length 1; what is shorter than SHORT is divided by SHORT: slopes stay bounded."""
+    return normalize(wide(split_heads(x, num_heads)), dim=-1, eps=SHORT).to(x.dtype)
 
 
 def learn_in_chunks(
@@ -83,14 +84,15 @@ def recall(memory: NeuralMemory, x: Tensor, state: State) -> Tensor:
 class NeuralMemory(Streaming):
     """A memory that learns each token's key and value while it reads, and answers each token's query (Titans).
 
-        q, k, v = silu(conv(x W)), per head of length 1
+        q, k, v = silu(conv(x W)), per head of length 1 (shorter if below 0.001)
         S_t = momentum_t S_{t-1} - lr_t d loss_t / d M;   M_t = (1 - decay_t) M_{t-1} + S_t;   o_t = f(M_t; q_t)
         y_t = W_o (rms_norm(o_t) * silu(W_g x_t))
 
     with the gradient at the weights M of the chunk's start, `loss = |f(k_t) - v_t|^2 / 2` or `-<f(k_t), v_t>`, and the
     gates `momentum_t = sigmoid(W_m x_t + b)`, `decay_t = sigmoid(W_d x_t + b)` and
     `lr_t = (1 - momentum_t) sigmoid(W_l x_t + b) rate / (chunk_size window)`. The paper leaves rates free, and free
-    ones diverge as a chunk's steps add up: so bounded, their sum stays below `rate`, momentum's repetitions included.
+    ones diverge as a chunk's steps add up: so bounded, their sum stays below `rate`, and so do the repetitions of a
+    momentum that stays the same. One that swings between 0 and nearly 1 can still push the memory away.
 
     Args:
         dim: D, channels of x and y.
@@ -101,7 +103,7 @@ class NeuralMemory(Streaming):
         optimizer: "gd", or "muon": a chunk's whole step is orthogonalised at its end, until which weights only decay.
         window: how many tokens of the chunk the step of a token sums (ATLAS's Omega rule).
         momentum: False: none, and no state for it.
-        rate: bounds the sum of a chunk's rates; a linear memory with "l2" is stable below 2.
+        rate: bounds the sum of a chunk's rates; a linear memory with "l2" is stable below 2, momentum staying the same.
         kernel: taps of the convolution over time; 1 is none.
         device, dtype: of the parameters.
 

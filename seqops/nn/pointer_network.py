@@ -93,8 +93,13 @@ class PointerNetwork(torch.nn.Module):
 
     @torch.no_grad()
     def decode(self, x: Tensor, steps: int, lengths: Tensor | None = None, again: bool = False) -> Tensor:
-        """The likeliest place at each of `steps` steps [B, steps]; unless `again`, no place twice."""
+        """The likeliest place at each of `steps` steps [B, steps]; unless `again`, no place twice.
+
+        A row whose length is below `steps` and that has pointed at all its places points at place 0.
+        """
         check_sequence(self, x, self.channels, letter="C")
+        least = 1 if again else steps
+        expect(steps == 0 or x.shape[1] >= least, self, "steps", f"at most T = {x.shape[1]} unless again", steps)
         keys, state = self.encode(x, lengths)
         read, places = self.start.to(x.dtype).expand(x.shape[0], 1, -1), []
         taken = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)

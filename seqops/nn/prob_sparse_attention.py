@@ -38,7 +38,7 @@ class ProbSparseAttention(torch.nn.Module):
     Raises:
         ValueError: naming the argument, what was expected and what was got.
 
-    Cost: O(T ln T) products of queries and keys; memory O(T).
+    Cost: O(T ln T) products of queries and keys, and as many samples in memory.
 
     Zhou et al., "Informer: beyond efficient Transformer for long sequence time-series forecasting", 2021.
     """

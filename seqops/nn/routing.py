@@ -36,7 +36,9 @@ class RoutingAttention(Streaming):
         loss.backward(); optimizer.step(); module.update_centroids()
 
     The published causal form chooses keys by their rank in the whole sequence, and so depends on the future; this one
-    does not. The published relative bias is replaced by rotary positions.
+    does not. The published relative bias is replaced by rotary positions. The published loss 1e-4 mean |q - mu_c|^2,
+    which draws tokens to their centroids, is left out. In bfloat16 the centroids' small moves are mostly rounded away:
+    train in float32, or under autocast.
 
     Args:
         dim: channels of x, a multiple of num_heads.
@@ -91,6 +93,7 @@ class RoutingAttention(Streaming):
             f"1 to num_heads - 1 = {num_heads - 1}",
             num_local_heads,
         )
+        expect(0 <= decay <= 1, self, "decay", "a number from 0 to 1", decay)
         self.dim, self.num_heads, self.num_local_heads, self.window = dim, num_heads, num_local_heads, window
         self.size, self.decay, self.base = size, decay, base
         D, options = dim // num_heads, {"bias": False, "device": device, "dtype": dtype}

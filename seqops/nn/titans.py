@@ -14,6 +14,7 @@ from .parts import (
     check_multiple,
     check_positive,
     check_sequence,
+    expect,
     keep_last,
     rms_norm,
     rotary,
@@ -250,6 +251,7 @@ class TitansMAC(Streaming):
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         check_sequence(self, x, self.dim)
         memory, opened = self.start(x) if state is None else state
+        expect(len(opened[0]) == len(x), self, "state", f"B = {len(x)} rows", len(opened[0]))
         outputs, at = [], 0
         while at < x.shape[1] or not outputs:
             piece = x[:, at : at + self.segment - opened[0].shape[1]]
