@@ -207,7 +207,9 @@ def test_state_dict(case: Case):
 @first
 def test_device_and_dtype_arguments(case: Case):
     """As torch.nn's: parameters are made where and as asked."""
-    made = getattr(seqops.nn, case.module)(**case.options, device="cpu", dtype=torch.float64)
+    made = getattr(seqops.nn, case.module)(**case.options, device="meta", dtype=torch.float64)
+    for tensor in [*made.parameters(), *made.buffers()]:
+        assert tensor.device.type == "meta"
     for tensor in made.parameters():
         assert tensor.dtype in (torch.float64, torch.complex128)
 

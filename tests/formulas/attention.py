@@ -401,7 +401,6 @@ CASES = [
             note=f"{pattern} both ways",
             cuts=(),
             compiled=False,
-            in16=False,
         )
         for pattern in ("fixed", "logsparse", "axial")
     ),
@@ -423,14 +422,7 @@ CASES = [
         compiled=False,
     ),
     Case("Longformer", {"dim": 8, "num_heads": 2, "window": 3}, longformer, draw=with_globals, prepare=jitter, cuts=()),
-    Case(
-        "Longformer",
-        {"dim": 8, "num_heads": 2, "window": 2},
-        longformer,
-        note="no global tokens",
-        cuts=(),
-        in16=False,
-    ),
+    Case("Longformer", {"dim": 8, "num_heads": 2, "window": 2}, longformer, note="no global tokens", cuts=()),
     Case(
         "Recformer",
         {"vocabulary": 20, "dim": 8, "num_heads": 2, "num_layers": 2, "window": 2, "max_tokens": 15, "max_items": 5},

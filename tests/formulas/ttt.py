@@ -356,7 +356,6 @@ CASES = [
         note="linear",
         prepare=jitter,
         compiled=False,
-        in16=False,
     ),
     Case("TitansMAG", {**TITANS, "window": 5, "chunk_size": 4}, titans_mag, (2, 14, 8), prepare=jitter),
     Case(
@@ -379,7 +378,6 @@ CASES = [
         note="mlp",
         prepare=jitter,
         compiled=False,
-        in16=False,
     ),
     Case("Atlas", {**SIZE, "hidden": 6}, neural_memory, (2, 14, 8), bound16=0.08),
     Case(
@@ -389,6 +387,5 @@ CASES = [
         (1, 7, 8),
         note="every token",
         compiled=False,
-        in16=False,
     ),
 ]
