@@ -119,6 +119,16 @@ def test_prefixes_of_different_lengths():
     assert torch.equal(module(x, module.prefix(padded, lengths))[0], y)
 
 
+def test_prefix_linear_attention_in_float16_is_long():
+    """The sum of more weights than float16 counts: the average is still that of float32."""
+    torch.manual_seed(0)
+    module, x = seqops.nn.PrefixLinearAttention(2, 1, 1).half(), torch.randn(1, 70000, 2).half() + 1
+    with torch.no_grad():
+        y, _ = module(x)
+        expected, _ = module.float()(x.float())
+    assert distance(y[:, -1], expected[:, -1]) <= 0.01
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -96,7 +96,9 @@ class PrefixLinearAttention(Streaming):
             read = self.prefix(x[:, :prefix])
             state = read if state is None else state + read
         v = self.values(self.value(x))
-        q, k = self.features(self.query(x)).to(v.dtype), self.features(self.key(x)).to(v.dtype)
-        o, state = linear_attention(q, k, v, None, state, scale=1.0)
+        # Weights are not negative: in float16 their sum would overflow on long sequences.
+        inside = torch.float32 if v.dtype == torch.float16 else v.dtype
+        q, k = self.features(self.query(x)).to(inside), self.features(self.key(x)).to(inside)
+        o, state = linear_attention(q, k, v.to(inside), None, state, scale=1.0)
         y = wide(o[..., :-1]) / (wide(o[..., -1:]) + 1e-12)
         return self.out(y.to(v.dtype).flatten(2)), state
