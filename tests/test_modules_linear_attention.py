@@ -145,6 +145,11 @@ def test_prefix_linear_attention_in_float16_is_long():
         (lambda: seqops.nn.GLA(12, 4), "GLA: key_dim: expected a multiple of num_heads = 4, got 6"),
         (lambda: seqops.nn.GLA(8, temperature=-1.0), "GLA: temperature: expected a number above 0, got -1.0"),
         (lambda: seqops.nn.RetNet(12, 4), "RetNet: dim: expected a multiple of 2 * num_heads = 8, got 12"),
+        (lambda: seqops.nn.RetNet(8, 2, base=0.0), "RetNet: base: expected a number above 0, got 0.0"),
+        (
+            lambda: seqops.nn.LightNetGrid(8, key_size=4, base=-2.0),
+            "LightNetGrid: base: expected a number above 0, got -2.0",
+        ),
         (lambda: seqops.nn.LightNet(8, 3), "LightNet: dim: expected a multiple of num_heads = 3, got 8"),
         (lambda: seqops.nn.LightNet(8, key_size=0), "LightNet: key_size: expected a whole number of at least 1, got 0"),
         (

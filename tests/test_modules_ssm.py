@@ -312,3 +312,20 @@ def test_mega_ema_without_memory():
     torch.testing.assert_close(module.step(x[:, 0], state)[0], y[:, 0])
     y.sum().backward()
     assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        seqops.nn.S4D(4, 4, bidirectional=True),
+        seqops.nn.S4(4, 4, bidirectional=True),
+        seqops.nn.S5(4, 4, bidirectional=True),
+        seqops.nn.MegaEMA(4, bidirectional=True),
+        seqops.nn.MegaAttention(4, 4, 4, causal=False),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_both_ways_there_are_no_steps(module):
+    """Also of two rows, which an unpacking would take for y and state."""
+    with pytest.raises(ValueError, match=": step: expected a causal module, got "):
+        module.step(torch.randn(2, 4))

@@ -140,6 +140,7 @@ class LightNetGrid(Gated):
         super().__init__(dim, num_heads, key_size, rank, {"device": device, "dtype": dtype})
         check_positive(self, axes=axes)
         check_multiple(self, "key_size", key_size, "axes", axes)
+        expect(base > 0, self, "base", "a number above 0", base)
         self.axes, self.base = axes, base
 
     def angles(self, grid: torch.Size, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..linear_attention import linear_attention
-from .parts import check_multiple, check_positive, check_sequence, check_state, rms_norm, rotary, split_heads
+from .parts import check_multiple, check_positive, check_sequence, check_state, expect, rms_norm, rotary, split_heads
 from .streaming import State, Streaming
 
 
@@ -56,6 +56,7 @@ class RetNet(Streaming):
         check_positive(self, dim=dim, num_heads=num_heads, value_dim=value_dim)
         check_multiple(self, "dim", dim, "2 * num_heads", 2 * num_heads)
         check_multiple(self, "value_dim", value_dim, "num_heads", num_heads)
+        expect(base > 0, self, "base", "a number above 0", base)
         self.dim, self.num_heads, self.base = dim, num_heads, base
         options = {"device": device, "dtype": dtype}
         self.query = nn.Linear(dim, dim, bias=False, **options)

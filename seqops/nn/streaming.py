@@ -25,7 +25,10 @@ class Streaming(torch.nn.Module):
 
     def step(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """x [B, D], one step, and the state before it (None: the start) -> y [B, D], the state after it."""
-        y, state = self(x[:, None], state)
+        result = self(x[:, None], state)
+        if isinstance(result, Tensor):  # two rows of it would pass for y and state
+            raise ValueError(f"{type(self).__name__}: step: expected a causal module, got one that returns y alone")
+        y, state = result
         return y[:, 0], state
 
 
