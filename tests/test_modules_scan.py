@@ -135,11 +135,13 @@ def test_lru_starts_on_its_ring():
 
 
 def test_lru_stays_stable():
-    """Whatever its parameters become, no eigenvalue is above 1."""
+    """Whatever its parameters become, no eigenvalue is above 1, and gradients are finite."""
     module = LRU(4)
     with torch.no_grad():
-        module.nu.normal_(std=100)
+        module.nu.copy_(torch.tensor([-200.0, -1.0, 40.0, 200.0]))
         assert module.eigenvalues().abs().max() <= 1
+    module(torch.randn(2, 9, 4))[0].square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_lru_names_a_bad_ring():

@@ -92,7 +92,8 @@ class LRU(Streaming):
     def eigenvalues(self) -> Tensor:
         """λ [N], complex."""
         angle = torch.remainder(wide(self.theta).exp(), 2 * math.pi)
-        return torch.polar(torch.exp(-wide(self.nu).exp()), angle)
+        # Beyond 50 the modulus is 0 either way, but its gradient 0 times infinity.
+        return torch.polar(torch.exp(-wide(self.nu).clamp(max=50.0).exp()), angle)
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         """x [B, T, D] and (h,) of the steps before -> y [B, T, D], (h [B, N],) after the last step."""
