@@ -193,6 +193,15 @@ def test_compiles(case: Case):
 
 
 @first
+def test_weight_decay_leaves_biases_alone(case: Case):
+    """Also those of several dimensions, and those inside lists."""
+    module = case.build()
+    decayed, plain = ({id(p) for p in group["params"]} for group in seqops.nn.parameter_groups(module))
+    assert not decayed & plain and decayed | plain == {id(p) for p in module.parameters()}
+    assert [name for name, p in module.named_parameters() if "bias" in name and id(p) in decayed] == []
+
+
+@first
 def test_state_dict(case: Case):
     """Through a file into a module of another seed: the same bits."""
     module, other, inputs = case.build(), case.build(seed=5), case.inputs()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -185,22 +184,18 @@ def inverse_softplus(x: Tensor) -> Tensor:
 def parameter_groups(model: torch.nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
     """Groups for an optimizer: weight decay for matrices, none for biases, norms, and what a module calls `undecayed`.
 
-    A module names parameters that decay would spoil, such as a state-space model's eigenvalues and time steps, in its
-    attribute `undecayed`.
+    A module names parameters that decay would spoil, such as a state-space model's eigenvalues and time steps, or
+    lists of them, in its attribute `undecayed`.
 
         optimizer = torch.optim.AdamW(seqops.nn.parameter_groups(model), lr=1e-3)
     """
+    exempt = {
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters()
+        if name.split(".")[0] in getattr(module, "undecayed", ())
+    }
     decayed, plain = [], []
-    for parameter, exempt in _parameters(model):
-        (plain if exempt or parameter.ndim < 2 else decayed).append(parameter)
+    for parameter in model.parameters():
+        (plain if parameter in exempt or parameter.ndim < 2 else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def _parameters(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, bool]]:
-    seen = set()
-    for module in model.modules():
-        exempt = getattr(module, "undecayed", ())
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in seen:
-                seen.add(parameter)
-                yield parameter, name in exempt

@@ -86,7 +86,7 @@ def learn_chunk(
 class TTTLayer(Streaming):
     """What TTTLinear and TTTMLP share; `hidden` 0 is the linear model."""
 
-    undecayed = ("norm_weight", "norm_bias", "shares")
+    undecayed = ("biases", "norm_weight", "norm_bias", "shares")
 
     def __init__(
         self,
