@@ -207,7 +207,7 @@ STYLE = {
 
 
 def svg(draw: Callable[[Results], Figure], results: Results) -> str:
-    """The picture as text: the same for the same results."""
+    """The picture as text: the same for the same results, but for last digits where Matplotlib solves for a layout."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)

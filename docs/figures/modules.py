@@ -26,6 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+# After sys.path knows the tests.
 import seqops  # noqa: E402
 from seqops import catalog  # noqa: E402
 from tests.formulas import CASES, Case, output  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def positive(x: Tensor) -> Tensor:
     return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
 
 
-class _MinRNN(Streaming):
+class _MinRNN(Streaming, ABC):
     """What both share: one projection to candidates and gates, the scan, and a projection where widths differ."""
 
     gates: int
@@ -42,9 +43,9 @@ class _MinRNN(Streaming):
     def extra_repr(self) -> str:
         return f"{self.dim}, expansion={self.width // self.dim}"
 
+    @abstractmethod
     def _amounts(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """How much of the state stays, and how much of the candidate enters, in [0, 1]."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
         """x [B, T, D] and (h,) of the steps before -> y [B, T, D], (h [B, width],) after the last step."""

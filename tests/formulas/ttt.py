@@ -198,7 +198,10 @@ def lact(module: Any, x: Tensor) -> Tensor:
         # the rate belongs to a token and a matrix: the gradient of each matrix is that of a loss with its rates
         d = []
         for i in range(3):
-            loss = lambda z, i=i, at=at: (rates[:, at, :, i, None] * f(z, k[:, at]) * v[:, at]).sum()  # noqa: E731
+
+            def loss(z: list[Tensor], i: int = i, at: slice = at) -> Tensor:
+                return (rates[:, at, :, i, None] * f(z, k[:, at]) * v[:, at]).sum()
+
             d.append(slopes(loss, w)[i])
         if module.momentum:
             held = (1 / (1 + torch.exp(-linear(module.held, x[:, at])))).mean(1)[..., None, None]
