@@ -32,7 +32,8 @@ def distance(got: Tensor, expected: Tensor) -> float:
         return 0.0
     if expected.is_complex():
         got, expected = torch.view_as_real(got), torch.view_as_real(expected)
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30))
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
 def tensors(state: Any) -> Iterator[Tensor]:
