@@ -58,7 +58,8 @@ def same_picture(one: str, other: str) -> bool:
     return (
         elements == theirs
         and numbers == pytest.approx(their_numbers, abs=1e-3)
-        and all(np.allclose(image, their, atol=1) for image, their in zip(images, their_images, strict=True))
+        # one of 255 levels: an image is resampled to where the layout puts it
+        and all(np.allclose(image, their, rtol=0, atol=1) for image, their in zip(images, their_images, strict=True))
     )
 
 

@@ -26,10 +26,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-# After sys.path knows the tests.
-import seqops  # noqa: E402
-from seqops import catalog  # noqa: E402
-from tests.formulas import CASES, Case, output  # noqa: E402
+import seqops  # noqa: E402  found once sys.path holds ROOT
+from seqops import catalog  # noqa: E402  found once sys.path holds ROOT
+from tests.formulas import CASES, Case, output  # noqa: E402  found once sys.path holds ROOT
 
 STEPS, PROBES, DECADES = 24, 8, 4
 GREY = "#7f8490"
